@@ -1,0 +1,44 @@
+"""Mesh axes of operations: which named axes an array's batch, heads (or channels) and time are split over.
+
+Operations are pure functions of local arrays. Under a mesh, XLA gathers the whole batch for an FFT and cannot
+split a Pallas kernel at all, so every operation that needs it wraps itself in `jax.shard_map` through `sharded`.
+Nothing here knows a mesh axis by name: `Axes` is built in `training/sharding.py` and travels in the `Context`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+Names = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Names of the mesh axes that split batch, heads or channels, and time. All None: no mesh, run as is."""
+
+    batch: Names = None
+    heads: Names = None
+    seq: Names = None
+
+    def __bool__(self) -> bool:
+        return any((self.batch, self.heads, self.seq))
+
+    def spec(self, dims: str) -> P:
+        """The PartitionSpec of an array whose dimensions are named by letters: b batch, h heads, t time, . none."""
+        return P(*({"b": self.batch, "h": self.heads, "t": self.seq, ".": None}[d] for d in dims))
+
+
+def sharded(f: Callable[..., Any], axes: Axes, in_dims: Any, out_dims: Any) -> Callable[..., Any]:
+    """`f` run on local shards: in_dims and out_dims are pytrees of dimension strings ("bth", "h.", ...).
+
+    None among the arguments is passed through. With no axes, `f` itself.
+    """
+    if not axes:
+        return f
+    to_specs = lambda dims: jax.tree.map(axes.spec, dims)
+    return jax.shard_map(f, in_specs=to_specs(in_dims), out_specs=to_specs(out_dims), check_vma=False)

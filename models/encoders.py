@@ -1,0 +1,59 @@
+"""What turns a task's inputs into (b, t, width): encoder(inputs, axes), of the kind that `encoder_for` chooses."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from longwave.kernels.partition import Axes
+from longwave.layers.linear import linear
+from longwave.models.inputs import Features, Inputs, Tokens
+
+
+class TokenEmbedding(nnx.Module):
+    """A table of vectors, N(0, 1) at the start as torch.nn.Embedding. Ids outside the table give NaN, never silence."""
+
+    roles = {"embedding": "embed"}
+
+    def __init__(self, inputs: Tokens, width: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (inputs.vocab, width)))
+
+    def __call__(self, ids: Int[Array, "b t"], axes: Axes = Axes()) -> Float[Array, "b t d"]:
+        table = self.embedding[...]
+        if axes:  # a look-up in a table split over devices would make XLA gather the activations instead
+            table = jax.lax.with_sharding_constraint(table, axes.spec(".."))
+        return table.at[ids].get(mode="fill", fill_value=jnp.nan)
+
+
+class LinearEncoder(nnx.Module):
+    """An affine map of the channels (pixels, samples) at every time step."""
+
+    def __init__(self, inputs: Features, width: int, *, rngs: nnx.Rngs):
+        self.proj = linear(inputs.channels, width, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t c"], axes: Axes = Axes()) -> Float[Array, "b t d"]:
+        return self.proj(x)
+
+
+class PatchEncoder(nnx.Module):
+    """An affine map of `patch` successive time steps to one: (b, t, c) -> (b, t / patch, width).
+
+    For inputs without padding: the validity of single steps has no meaning after it.
+    """
+
+    def __init__(self, inputs: Features, width: int, *, patch: int, rngs: nnx.Rngs):
+        if inputs.length % patch:
+            raise ValueError(f"PatchEncoder.patch = {patch} must divide the input length {inputs.length}")
+        self.patch = patch
+        self.proj = linear(inputs.channels * patch, width, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t c"], axes: Axes = Axes()) -> Float[Array, "b s d"]:
+        return self.proj(x.reshape(x.shape[0], -1, self.patch * x.shape[2]))
+
+
+def encoder_for(inputs: Inputs, width: int, *, rngs: nnx.Rngs) -> nnx.Module:
+    """TokenEmbedding for Tokens, LinearEncoder for Features."""
+    kind = TokenEmbedding if isinstance(inputs, Tokens) else LinearEncoder
+    return kind(inputs, width, rngs=rngs)

@@ -1,0 +1,13 @@
+"""What every test stands on: CPU, eight virtual devices, strict ranks, and a TPU compiler that does not look for TPUs."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,57 @@
+"""All settings of a run, in one frozen dataclass. Configs bind its fields under the name `train`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from longwave.training.optimizer import AdamW
+from longwave.training.task import MakeBackbone, Task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What `train.py` needs to know.
+
+    task: data, head, loss and metric.            backbone: makes the model's body from the task's inputs.
+    optimizer: groups, schedule, clipping.        steps: optimiser steps of the whole run.
+    batch_size: global batch, over all devices.   accumulate: micro-batches a step sums its gradients over.
+    seed: initialisation, data order, dropout.    compute_dtype: float32 or bfloat16; state stays float32.
+    ema: decay of the averaged parameters that evaluation uses, or None.
+    mesh: axis name -> size; -1 once for the rest. Axes: replica, data, fsdp, seq, tensor.
+    eval_every, save_every, log_every: steps between evaluations on validation, checkpoints, log lines.
+    max_bad_steps: non-finite steps in a row (each is skipped) after which the run stops with an error.
+    profile: first and last step of a profiler window, or None.
+    compiler_options: XLA options, the same for training and for compiling ahead.
+    """
+
+    task: Task
+    backbone: MakeBackbone
+    optimizer: AdamW
+    steps: int
+    batch_size: int
+    accumulate: int = 1
+    seed: int = 0
+    compute_dtype: str = "float32"
+    ema: float | None = None
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1})
+    eval_every: int = 1000
+    save_every: int = 1000
+    log_every: int = 50
+    max_bad_steps: int = 20
+    profile: tuple[int, int] | None = None
+    wandb_project: str | None = None
+    compiler_options: Mapping[str, str | int | float | bool] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "eval_every", "save_every", "log_every", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} = {getattr(self, name)}: expected at least 1")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"train.batch_size = {self.batch_size} must be a multiple of train.accumulate = {self.accumulate}"
+            )
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"train.compute_dtype = {self.compute_dtype!r}: expected 'float32' or 'bfloat16'")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"train.ema = {self.ema}: expected a decay between 0 and 1, or None")
