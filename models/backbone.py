@@ -141,11 +141,8 @@ class Backbone(nnx.Module):
 
     def init_carry(self, batch: int, *, capacity: int | None = None) -> Carry:
         """One carry a layer; of a scanned position, stacked along axis 0."""
-        carries = tuple(layer.mixer.init_carry(batch, capacity=capacity) for layer in self.layers)
-        if not self.scan:
-            return carries
-        repeats = self.depth // len(self.layers)
-        return jax.tree.map(lambda a: jnp.broadcast_to(a[None], (repeats, *a.shape)), carries)
+        init = lambda layer: layer.mixer.init_carry(batch, capacity=capacity)
+        return tuple(jax.vmap(init)(layer) if self.scan else init(layer) for layer in self.layers)
 
     def __call__(
         self, inputs: Array, carry: Carry | None = None, ctx: Context = Context(), train: bool = False

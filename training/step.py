@@ -33,7 +33,7 @@ def make_train_step(model: ModelDef, task: Task, run: Run, axes: Axes) -> StepFn
 
     def train_step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, Metrics]:
         sums, grads, model_state = gradients(state, batch, jax.random.fold_in(key, state.step))
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         direction, opt = transform.update(grads, state.opt, state.params)
         factor = optimizer.schedule(state.step) * state.plateau.scale
         updates = optimizer.apply(roles, direction, state.params, factor)
@@ -57,8 +57,8 @@ def make_train_step(model: ModelDef, task: Task, run: Run, axes: Axes) -> StepFn
         metrics = averages(sums) | {
             "lr": factor * optimizer.lr,
             "grad_norm": grad_norm,
-            "update_norm": optax.global_norm(updates),
-            "param_norm": optax.global_norm(params),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
             "skipped": new.skipped[0].astype(jnp.float32),
             "skipped_in_a_row": new.skipped[1].astype(jnp.float32),
         }
