@@ -82,7 +82,9 @@ class Plateau:
 
 
 def initial_plateau() -> PlateauState:
-    return PlateauState(jnp.ones((), jnp.float32), jnp.full((), -jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
+    return PlateauState(
+        jnp.ones((), jnp.float32), jnp.full((), -jnp.inf, jnp.float32), jnp.zeros((), jnp.int32)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

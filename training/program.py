@@ -45,7 +45,9 @@ class Program:
         """This process's rows of a batch -> arrays over the mesh."""
         place = lambda spec, rows: jax.make_array_from_process_local_data(spec.sharding, rows, spec.shape)
         with jax.transfer_guard("allow"):
-            return {name: place(spec, np.asarray(local[name], spec.dtype)) for name, spec in self.batch.items()}
+            return {
+                name: place(spec, np.asarray(local[name], spec.dtype)) for name, spec in self.batch.items()
+            }
 
     def key(self) -> Array:
         """The key of the run's randomness, on every device of the mesh."""

@@ -21,7 +21,7 @@ class Run:
     mesh: axis name -> size; -1 once for the rest. Axes: replica, data, fsdp, seq, tensor.
     eval_every, save_every, log_every: steps between evaluations on validation, checkpoints, log lines.
     max_bad_steps: non-finite steps in a row (each is skipped) after which the run stops with an error.
-    profile: first and last step of a profiler window, or None.
+    profile: first and last step of a profiler window, or None.      wandb_project: also log there.
     compiler_options: XLA options, the same for training and for compiling ahead.
     """
 
@@ -44,7 +44,15 @@ class Run:
     compiler_options: Mapping[str, str | int | float | bool] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "eval_every", "save_every", "log_every", "max_bad_steps"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "eval_every",
+            "save_every",
+            "log_every",
+            "max_bad_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: expected at least 1")
         if self.batch_size % self.accumulate:
@@ -52,6 +60,8 @@ class Run:
                 f"train.batch_size = {self.batch_size} must be a multiple of train.accumulate = {self.accumulate}"
             )
         if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"train.compute_dtype = {self.compute_dtype!r}: expected 'float32' or 'bfloat16'")
+            raise ValueError(
+                f"train.compute_dtype = {self.compute_dtype!r}: expected 'float32' or 'bfloat16'"
+            )
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"train.ema = {self.ema}: expected a decay between 0 and 1, or None")

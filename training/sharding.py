@@ -29,7 +29,11 @@ BATCH = ("data", "fsdp")
 # (a vocabulary of 18 over 4 devices) is dropped for that parameter.
 RULES: tuple[tuple[str, str, P], ...] = (
     ("weight", r"/(out|down)/kernel$", P("tensor", "fsdp")),  # back into the residual stream
-    ("weight", r"(?<!/out)(?<!/down)/kernel$", P("fsdp", "tensor")),  # from the residual stream into heads, channels
+    (
+        "weight",
+        r"(?<!/out)(?<!/down)/kernel$",
+        P("fsdp", "tensor"),
+    ),  # from the residual stream into heads, channels
     ("weight", r"(?<!/kernel)$", P("fsdp", "tensor")),  # a mixer's own matrices (in, out)
     ("embed", r"embedding$", P("tensor", "fsdp")),  # (vocabulary, width)
     ("embed", r"(?<!embedding)$", P()),  # single learned vectors
@@ -83,7 +87,9 @@ def rule_of(path: str, role: str) -> P:
     """The one row of RULES that a parameter matches. Raises ValueError for none or several."""
     rows = [spec for r, pattern, spec in RULES if r == role and re.search(pattern, "/" + path)]
     if len(rows) != 1:
-        raise ValueError(f"parameter {path} (role {role}) matches {len(rows)} sharding rules: expected exactly one")
+        raise ValueError(
+            f"parameter {path} (role {role}) matches {len(rows)} sharding rules: expected exactly one"
+        )
     return rows[0]
 
 

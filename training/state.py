@@ -7,6 +7,7 @@ ahead-of-time compilation and tests alike.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from longwave.layers.mixer import float32_parameters, parameter_roles
+from longwave.layers.mixer import Mixer, float32_parameters, parameter_roles
 from longwave.training import sharding
 from longwave.training.optimizer import AdamW, PlateauState, initial_plateau
 
@@ -54,6 +55,8 @@ class ModelDef:
         self.roles: dict[str, str] = parameter_roles(abstract)
         self.float32: frozenset[str] = float32_parameters(abstract)
         self.abstract_params: Params = split(abstract)[0]
+        mixers = (module for _, module in nnx.iter_modules(abstract) if isinstance(module, Mixer))
+        self.chunk = math.lcm(*(mixer.chunk for mixer in mixers))  # packed documents start at its multiples
         missing = set(paths(self.abstract_params)) ^ set(self.roles)
         if missing:
             raise ValueError(f"parameters and roles differ in {sorted(missing)}")

@@ -46,9 +46,11 @@ class Task(Protocol):
                 A single pass visits every example once; its last batch is padded with rows of weight 0.
     head:       wraps the backbone into the model that `loss` calls.
     loss:       the sums of one batch. `key` is None in evaluation.
-    metric:     the name among Sums.metrics that selects the best checkpoint, and whether larger is better.
+    metric:     the name among Sums.metrics, or "loss", that selects the best checkpoint.
+    larger_is_better: of the metric.
     fingerprint: what identifies the data; stored with the checkpoint and compared on resume.
-    row:        one row of the result table from {"valid": {...}, "test": {...}}: includes the task's baselines.
+    baselines:  label -> metric on test of what needs no model (majority, the cheapest look-ups), from the data itself.
+    row:        one row of the result table from {"valid": {...}, "test": {...}}: includes the baselines.
     """
 
     name: str
@@ -70,6 +72,9 @@ class Task(Protocol):
     def loss(self, model: nnx.Module, batch: Mapping[str, Array], key: Array | None, axes: Any) -> Sums: ...
 
     def fingerprint(self) -> Mapping[str, Any]: ...
+
+    @property
+    def baselines(self) -> Mapping[str, float]: ...
 
     def row(self, result: Mapping[str, Mapping[str, float]]) -> dict[str, Any]: ...
 

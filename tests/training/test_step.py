@@ -83,7 +83,9 @@ def noisy_backbone(inputs, *, rngs):
 
 def make_run(**changes):
     optimizer = AdamW(lr=0.01, weight_decay=0.05, schedule=warmup_constant(warmup=2))
-    run = Run(task=Majority(), backbone=backbone, optimizer=optimizer, steps=10, batch_size=16, mesh={"data": 1})
+    run = Run(
+        task=Majority(), backbone=backbone, optimizer=optimizer, steps=10, batch_size=16, mesh={"data": 1}
+    )
     return dataclasses.replace(run, **changes)
 
 
@@ -127,7 +129,10 @@ def test_another_mesh_gives_the_same_run(mesh):
     _, many, log8 = train(make_run(backbone=noisy_backbone, mesh=mesh), 3)
     assert_close(log8[-1]["loss"], log[-1]["loss"], OTHER_MESH)
     for name, a, b in zip(
-        paths(one.model_state), jax.tree.leaves(many.model_state), jax.tree.leaves(one.model_state), strict=True
+        paths(one.model_state),
+        jax.tree.leaves(many.model_state),
+        jax.tree.leaves(one.model_state),
+        strict=True,
     ):
         assert_close(a, b, 10 * OTHER_MESH, name)
 

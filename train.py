@@ -1,0 +1,265 @@
+"""Train, evaluate, or compile ahead: the one loop, read from top to bottom.
+
+  uv run train.py configs/demo.gin
+  uv run train.py configs/lra/listops.gin configs/models/s4d.gin 'train.seed=1' --run_dir runs/listops-s4d-1
+
+The same command goes on where an interrupted run stopped, and is the pod run when started on every host of a pod.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from longwave.configs import describe, loader
+from longwave.kernels import aot
+from longwave.training import distributed, report
+from longwave.training.checkpoint import Checkpoints
+from longwave.training.logger import Logger
+from longwave.training.preemption import RESUMABLE, Preemption
+from longwave.training.program import Program, build
+from longwave.training.state import TrainState
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0 finished, 75 stopped and saved (the same command goes on), 1 an error of the user."""
+    args = parse(argv)
+    if args.compile_only:
+        aot.environment()  # before anything loads libtpu
+    else:
+        distributed.start(True if args.distributed else None)  # before anything touches a device
+
+    # Config: of this command, or of the run folder that is to be evaluated.
+    files = [str(epath.Path(args.evaluate) / "config.gin")] if args.evaluate else args.files
+    config = loader.load(files, args.overrides)
+    run = config.run
+
+    # Program: the pure functions of the run on one mesh. Building the model uses what is bound to it.
+    program = build(run, aot.topology(args.compile_only) if args.compile_only else None)
+    config.check_used()
+    if args.compile_only or args.dry_run:
+        return compile_ahead(program, config.operative)
+
+    # Run folder: what was asked for, in full, before the first number.
+    run_dir = epath.Path(args.evaluate or args.run_dir or default_run_dir(args.files))
+    source = report.provenance(program, [Path(sys.argv[0]).name, *argv])
+    metadata = {
+        "config": config.text,
+        "data": dict(run.task.fingerprint()),
+        "chunk": program.model.chunk,
+        **source,
+    }
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints",
+        program.state,
+        metadata=metadata,
+        metric=run.task.metric,
+        larger_is_better=run.task.larger_is_better,
+        writable=not args.evaluate,
+    )
+    with checkpoints, jax.set_mesh(program.mesh):
+        if args.evaluate:
+            return finish(program, checkpoints, run_dir, source)
+
+        # State: the newest that can be read, else a new one.
+        state = checkpoints.restore_latest()
+        resumed = state is not None
+        state = program.init(program.key()) if state is None else state
+        if distributed.is_main():
+            texts = {
+                "config.gin": config.text,
+                "operative.gin": config.operative,
+                "run.json": to_json(metadata),
+            }
+            for name, text in texts.items():
+                report.write(run_dir / name, text)
+            report.parameters(program)
+
+        # Loop.
+        log = Logger(
+            run_dir,
+            start=int(state.step),
+            total_steps=run.steps,
+            batch_tokens=run.batch_size * run.task.inputs.length,
+            log_every=run.log_every,
+            is_main=distributed.is_main(),
+            wandb_project=run.wandb_project,
+        )
+        with log, Preemption() as preemption:
+            log.text("config", config.operative)
+            log.say(f"{source['device']}, run folder {run_dir}")
+            if resumed:
+                log.say(f"resumed at step {int(state.step):,}")
+            state = train(program, state, checkpoints, log, preemption)
+        if int(state.step) < run.steps:
+            distributed.barrier("stopped")
+            print(f"stopped and saved at step {int(state.step):,}; the same command goes on from there")
+            return RESUMABLE
+        return finish(program, checkpoints, run_dir, source)
+
+
+def train(
+    program: Program, state: TrainState, checkpoints: Checkpoints, log: Logger, preemption: Preemption
+) -> TrainState:
+    """Steps until the end or until told to stop; what it returns is on disk.
+
+    Order inside an iteration, fixed: stop? evaluate? save? next batch, step. A checkpoint is of the state between two
+    steps, and knows whether it was evaluated; so a resumed run repeats nothing and leaves nothing out.
+    """
+    run, task, key, n = program.run, program.run.task, program.key(), int(state.step)
+    host, hosts = jax.process_index(), jax.process_count()
+    stream = task.stream("train", batch_size=run.batch_size, seed=run.seed, step=n, host=host, hosts=hosts)
+    if n < run.steps:
+        log.say("compiling the step")
+    while True:
+        log.stopwatch.lap()
+        if n < run.steps and preemption.requested(n):
+            log.flush()
+            checkpoints.save(n, state, wait=True)
+            return state
+
+        scores, last = None, n == run.steps
+        if n and (last or n % run.eval_every == 0) and int(state.evaluated) < n:
+            log.flush()
+            scores = program.evaluate(state, "valid")
+            state = program.evaluated(state, scores)
+            log.scalars(n, scores, split="valid")
+
+        if n and (last or n % run.save_every == 0 or (scores and improves(scores, checkpoints, task))):
+            log.flush()
+            checkpoints.save(n, state, scores=scores, wait=last)
+        if last:
+            return state
+
+        with log.stopwatch("data"):
+            batch = program.global_batch(next(stream))
+        with log.stopwatch("dispatch"), profiled(run.profile, n, log.run_dir), jax.transfer_guard("disallow"):
+            state, metrics = program.train_step(state, batch, key)
+        n += 1
+        written = log.late(n, metrics)
+        if written and written["skipped_in_a_row"] >= run.max_bad_steps:
+            raise FloatingPointError(diagnosis(program, state, batch, key, n))
+
+
+def improves(scores: dict[str, float], checkpoints: Checkpoints, task: Any) -> bool:
+    """Whether these scores are the best on validation so far."""
+    if (best := checkpoints.best()) is None:
+        return True
+    new, old = scores[task.metric], best[1][task.metric]
+    return new > old if task.larger_is_better else new < old
+
+
+def finish(program: Program, checkpoints: Checkpoints, run_dir: epath.Path, source: dict[str, Any]) -> int:
+    """The best state by validation, on test once: result.json, curve.png, a row."""
+    best = checkpoints.best()
+    if best is None:
+        raise FileNotFoundError(
+            f"{run_dir} has no checkpoint with validation scores yet: nothing to evaluate"
+        )
+    step, valid = best
+    test = program.evaluate(checkpoints.restore_best(), "test")
+    if distributed.is_main():
+        result = report.finish(program, run_dir, step=step, valid=valid, test=test, source=source)
+        if next_steps := result["row"].get("next"):
+            print(next_steps)
+    distributed.barrier("finished")
+    return 0
+
+
+def compile_ahead(program: Program, operative: str) -> int:
+    """Compiles the very step of the run, here or for a topology that is not here, and says what it takes."""
+    report.parameters(program)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    result = aot.compile(
+        program.train_step,
+        program.state,
+        program.batch,
+        key,
+        mesh=program.mesh,
+        parameters=program.state.params,
+    )
+    print(f"{operative}\n{result.table()}")
+    return 0 if result.fits else 1
+
+
+def diagnosis(program: Program, state: TrainState, batch: Any, key: Any, step: int) -> str:
+    """Which parameters' gradients are not finite at the step where the run gives up."""
+    bad = [
+        path for path, finite in jax.device_get(program.diagnosis(state, batch, key)).items() if not finite
+    ]
+    named = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+    return (
+        f"{program.run.max_bad_steps} steps in a row had no finite loss or gradient, the last one step {step}; not "
+        f"finite on its batch: {named or 'the loss alone'}. A lower train.optimizer rate for the roles A, B and dt, "
+        "a warm-up or clipping helps; checkpoints hold the last finite state"
+    )
+
+
+class profiled:
+    """Traces steps first..last of `train.profile` into the run folder, for TensorBoard or xprof."""
+
+    def __init__(self, window: tuple[int, int] | None, step: int, run_dir: epath.Path):
+        self.window, self.step, self.run_dir = window, step, run_dir
+
+    def __enter__(self) -> None:
+        if self.window and self.step == self.window[0] and distributed.is_main():
+            jax.profiler.start_trace(str(self.run_dir / "profile"))
+
+    def __exit__(self, *exception: object) -> None:
+        if self.window and self.step == self.window[1] and distributed.is_main():
+            jax.profiler.stop_trace()
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Config files and overrides in any order: an override has an equals sign."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description=__doc__,
+        epilog=describe.describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("configs", nargs="*", metavar="CONFIG.gin | NAME=VALUE", help="files, then overrides")
+    parser.add_argument(
+        "--run_dir", help="where everything of the run goes, local or gs://; default runs/NAMES"
+    )
+    parser.add_argument("--evaluate", metavar="RUN_DIR", help="evaluate the best checkpoint of a run again")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="parameters, roles, shardings, memory, FLOPs; no data"
+    )
+    parser.add_argument(
+        "--compile_only",
+        metavar="TOPOLOGY",
+        help="compile the run's step for v5e:16x16 and the like, with no TPU",
+    )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="insist on a cluster (else it is joined where one is found)",
+    )
+    args = parser.parse_args(argv)
+    args.files = [c for c in args.configs if "=" not in c]
+    args.overrides = [c for c in args.configs if "=" in c]
+    if bool(args.files) == bool(args.evaluate):
+        parser.error("give config files (configs/demo.gin is a start), or --evaluate RUN_DIR")
+    return args
+
+
+def default_run_dir(files: list[str]) -> str:
+    return str(Path("runs") / "-".join(Path(file).stem for file in files))
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")

@@ -1,0 +1,202 @@
+"""Numbers of a run: metrics.jsonl (the source of truth), TensorBoard, the terminal, wandb on request."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import jax
+from etils import epath
+from tensorboardX import SummaryWriter
+
+from longwave.training import metrics
+from longwave.training.stopwatch import Stopwatch
+from longwave.training.terminal import Bar, Plain, Terminal, spelled
+
+SHOWN = ("loss", "accuracy", "lr")  # of the training values, in the terminal
+
+
+class Logger:
+    """Writes the numbers of a run, from process 0 alone (`is_main`); the others only fetch.
+
+    run_dir: local or gs://; TensorBoard is written only where it is local: event files are appended to.
+    start, total_steps: optimiser steps done before, and at the end of the run.
+    batch_tokens: tokens of a global batch.      log_every: steps from one training line to the next.
+    tty: draw a progress bar, or else print a line a log; None: find out.    wandb_project: also log there.
+
+    In the loop, `late` follows the dispatch of every step. `flush` before a checkpoint is saved: then no line
+    up to its step can be lost. `stopwatch` is the loop's; the logger adds its wait for the device ("wait").
+    """
+
+    def __init__(
+        self,
+        run_dir: epath.PathLike,
+        *,
+        total_steps: int,
+        batch_tokens: int,
+        start: int = 0,
+        log_every: int = 50,
+        is_main: bool = True,
+        tty: bool | None = None,
+        wandb_project: str | None = None,
+    ):
+        self.stopwatch = Stopwatch()
+        self.run_dir = epath.Path(run_dir)
+        self._total, self._every, self._batch_tokens = total_steps, log_every, batch_tokens
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._mark: tuple[int, float] | None = None  # step and time from which speed is measured
+        self._sinks: list[Sink] = []
+        self._terminal: Terminal | None = None
+        if not is_main:
+            return
+        run_dir = self.run_dir
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = metrics.MetricsFile(run_dir / metrics.NAME, start)
+        except OSError as e:
+            raise type(e)(
+                f"cannot write to the run folder {run_dir} ({e}); choose another with --run_dir"
+            ) from e
+        if metrics.is_local(run_dir):
+            self._sinks.append(TensorBoard(run_dir, start))
+        if wandb_project is not None:
+            self._sinks.append(WeightsAndBiases(run_dir, wandb_project))
+        tty = sys.stdout.isatty() if tty is None else tty
+        self._terminal = (Bar if tty else Plain)(start, total_steps)
+
+    def late(self, step: int, values: Mapping[str, Any]) -> dict[str, float] | None:
+        """The training values of `step`, which has just been dispatched: device arrays of shape ().
+
+        They are fetched in the next call, when the device has its next step to work on, and only every
+        `log_every` steps. Returns the values fetched in this call, which are those of the last such step.
+        """
+        written = self.flush()
+        if self._mark is None:  # compilation is over, this step has begun
+            self._mark = (step - 1, time.monotonic())
+        if step % self._every == 0 or step == self._total:
+            self._pending = (step, values)
+        if self._terminal:
+            self._terminal.tick(step)
+        return written
+
+    def flush(self) -> dict[str, float] | None:
+        """Fetches and writes the training values that are still pending."""
+        if self._pending is None:
+            return None
+        step, values = self._pending
+        self._pending = None
+        with self.stopwatch("wait"):
+            fetched = {name: float(v) for name, v in jax.device_get(dict(values)).items()}
+        if self._terminal:
+            speed = self._speed(step)
+            times = {f"ms/{name}": 1e3 * s for name, s in self.stopwatch.medians().items()}
+            tokens = {"tokens_per_s": speed * self._batch_tokens} if self._batch_tokens else {}
+            self._write(step, _prefixed("train", fetched) | {"steps_per_s": speed} | tokens | times)
+            self._terminal.status(
+                step, {n: fetched[n] for n in SHOWN if n in fetched}, speed, self._batch_tokens
+            )
+        return fetched
+
+    def scalars(self, step: int, values: Mapping[str, float], *, split: str) -> None:
+        """Values of an evaluation after `step` steps, named `split/...`; printed and written at once."""
+        self.flush()
+        if self._terminal:
+            self._write(step, _prefixed(split, {name: float(v) for name, v in values.items()}))
+            self._terminal.say(f"step {step:,}  {split}  {spelled(values)}")
+        self._mark = (step, time.monotonic())
+
+    def text(self, name: str, text: str) -> None:
+        """A text that belongs to the run, such as its config."""
+        for sink in self._sinks:
+            sink.text(name, text)
+
+    def say(self, text: str) -> None:
+        """Prints, above the progress bar if there is one; on process 0 alone."""
+        if self._terminal:
+            self._terminal.say(text)
+
+    def close(self) -> None:
+        self.flush()
+        if self._terminal:
+            self._terminal.close()
+            self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self._pending = None  # fetching could raise again what the device raised, and hide it
+        self.close()
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        self._file.write({"step": step, "time": time.time(), "tokens": step * self._batch_tokens} | values)
+        for sink in self._sinks:
+            sink.scalars(step, values)
+
+    def _speed(self, step: int) -> float:
+        """Steps a second since the last mark: a log line or an evaluation."""
+        (before, then), now = self._mark or (step, 0.0), time.monotonic()
+        self._mark = (step, now)
+        return (step - before) / max(now - then, 1e-9)
+
+
+class Sink(Protocol):
+    """A further place for the numbers."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+    def text(self, name: str, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in the run folder. A resumed run marks what it will write again as void."""
+
+    def __init__(self, run_dir: epath.Path, start: int):
+        purge = start + 1 if any(run_dir.glob("events.out.tfevents.*")) else None
+        suffix = f".{time.time_ns()}"  # names go by the second: a quick restart would overwrite the last file
+        self._writer = SummaryWriter(str(run_dir), purge_step=purge, filename_suffix=suffix)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def text(self, name: str, text: str) -> None:
+        self._writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of wandb.ai, or offline with WANDB_MODE=offline. The same run folder continues the same run."""
+
+    def __init__(self, run_dir: epath.Path, project: str):
+        try:
+            import wandb
+        except ImportError as e:
+            raise ImportError(
+                f"train.wandb_project = {project!r} needs the package wandb: `uv sync --extra wandb`"
+            ) from e
+        identity = hashlib.blake2s(str(run_dir.resolve()).encode()).hexdigest()[:12]
+        local = str(run_dir) if metrics.is_local(run_dir) else None
+        self._run = wandb.init(project=project, name=run_dir.name, id=identity, resume="allow", dir=local)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def text(self, name: str, text: str) -> None:
+        self._run.config.update({name: text}, allow_val_change=True)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _prefixed(split: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{split}/{name}": value for name, value in values.items()}

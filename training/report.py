@@ -1,0 +1,149 @@
+"""What a run says of itself: the table of parameters at its start, result.json and a table row at its end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+from longwave.training import metrics, plot
+from longwave.training.program import Program
+from longwave.training.state import paths
+
+PACKAGES = ("longwave", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
+
+
+def parameters(program: Program) -> None:
+    """Prints every parameter with shape, role, learning rate and decay of its group, and how it is sharded.
+
+    Layers that agree in all of it share a line.
+    """
+    model, optimizer = program.model, program.run.optimizer
+    rows: dict[tuple[str, ...], list[int]] = {}  # what is printed -> sizes
+    leaves = jax.tree.leaves(program.state.params)
+    for path, leaf in zip(paths(program.state.params), leaves, strict=True):
+        lr, decay = optimizer.group(model.roles[path])
+        kept = "float32" if path in model.float32 else program.run.compute_dtype
+        spec = ", ".join(str(axis) for axis in leaf.sharding.spec if axis) or "replicated"
+        shape = "x".join(map(str, leaf.shape)) or "1"
+        row = (re.sub(r"/\d+/", "/*/", path), shape, model.roles[path], f"{lr:g}", f"{decay:g}", kept, spec)
+        rows.setdefault(row, []).append(int(np.prod(leaf.shape)))
+
+    table = Table(title=f"{count(program):,} parameters", title_justify="left")
+    for name in ("path", "shape", "layers", "count", "role", "lr", "decay", "computes in", "sharding"):
+        numeric = name in ("layers", "count", "lr", "decay")
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for (path, shape, *rest), sizes in rows.items():
+        table.add_row(path, shape, str(len(sizes)) if "*" in path else "", f"{sum(sizes):,}", *rest)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def count(program: Program) -> int:
+    """Number of trained parameters."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(program.state.params))
+
+
+def provenance(program: Program, command: list[str]) -> dict[str, Any]:
+    """Where a number comes from: command, versions, git, devices, mesh."""
+    devices = program.mesh.devices.flat
+    return {
+        "command": command,
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
+        "git": _git(),
+        "device": f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} processes",
+        "mesh": {name: size for name, size in program.mesh.shape.items() if size > 1},
+    }
+
+
+def finish(
+    program: Program,
+    run_dir: epath.Path,
+    *,
+    step: int,
+    valid: Mapping[str, float],
+    test: Mapping[str, float],
+    source: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Writes result.json, table.md and curve.png, and prints the row. `step` is that of the best validation."""
+    run, task = program.run, program.run.task
+    seconds = sum(
+        run.log_every / line["train/steps_per_s"]
+        for line in metrics.read(run_dir)
+        if line.get("train/steps_per_s")
+    )
+    row = task.row({"valid": valid, "test": test}) | {
+        "best step": step,
+        "steps": run.steps,
+        "parameters": f"{count(program):,}",
+    }
+    result = {
+        "task": task.name,
+        "metric": task.metric,
+        "best_step": step,
+        "steps": run.steps,
+        "seed": run.seed,
+        "valid": dict(valid),
+        "test": dict(test),
+        "baselines": dict(task.baselines),
+        "parameters": count(program),
+        "training_seconds": round(seconds, 1),
+        "row": row,
+        **source,
+    }
+    write(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
+    show(run_dir, result)
+    return result
+
+
+def show(run_dir: epath.Path, result: Mapping[str, Any]) -> None:
+    """Draws the curve and prints the table row of a finished run."""
+    metric = result["metric"]
+    curve = plot.curve(
+        run_dir,
+        metric=metric,
+        percent=metric == "accuracy",
+        test=(result["best_step"], result["test"]),
+        baselines=result["baselines"],
+        title=f"{result['task']}: {run_dir.name}",
+    )
+    markdown = plot.table([{"run": run_dir.name, **result["row"]}])
+    write(run_dir / "table.md", markdown)
+    print(f"curve   {curve}\nresult  {run_dir / 'result.json'}")
+
+
+def write(path: epath.Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> str | None:
+    """The commit of the checkout, with + when files differ from it; None outside one."""
+    run = lambda *args: subprocess.run(
+        ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+    ).stdout.strip()
+    try:
+        return run("rev-parse", "HEAD") + (
+            "+" if run("status", "--porcelain", "--untracked-files=no") else ""
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
