@@ -22,7 +22,12 @@ from longwave.kernels.partition import Axes
 Carry = Any  # a pytree of arrays of constant structure, shapes and dtypes; () for a mixer that has none
 
 ROLES = ("A", "B", "C", "D", "dt", "kernel", "gate", "norm", "bias", "embed", "weight")
-_STOCK_ROLES = {"kernel": "weight", "bias": "bias", "scale": "norm", "embedding": "embed"}  # of flax's own layers
+_STOCK_ROLES = {
+    "kernel": "weight",
+    "bias": "bias",
+    "scale": "norm",
+    "embedding": "embed",
+}  # of flax's own layers
 CAPABILITIES = frozenset({"causal", "carry", "reset"})
 
 

@@ -10,7 +10,6 @@ the blocks' inputs for the backward pass. Blocks know neither vocabulary nor mes
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,7 +48,11 @@ class Block(nnx.Module):
             self.mlp_norm, self.mlp = norm(width, rngs=rngs), mlp(width, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b t d"], carry: Carry | None = None, ctx: Context = Context(), train: bool = False
+        self,
+        x: Float[Array, "b t d"],
+        carry: Carry | None = None,
+        ctx: Context = Context(),
+        train: bool = False,
     ) -> Out:
         keys = (None,) * 4 if ctx.key is None else tuple(jax.random.split(ctx.key, 4))
         out = Out(x, (), {})
@@ -65,7 +68,13 @@ class Block(nnx.Module):
         return Out(x, out.carry, out.aux)
 
     def _residual(
-        self, x: Array, norm: nnx.Module, f: Callable[[Array], Array], key: Array | None, ctx: Context, train: bool
+        self,
+        x: Array,
+        norm: nnx.Module,
+        f: Callable[[Array], Array],
+        key: Array | None,
+        ctx: Context,
+        train: bool,
     ) -> Array:
         if self.prenorm:
             return x + dropout(f(norm(x, ctx.valid, train)), self.rate, key)
@@ -104,7 +113,9 @@ class Backbone(nnx.Module):
     ):
         pattern = tuple(mixers)
         if not pattern or depth % len(pattern):
-            raise ValueError(f"Backbone.depth = {depth} must be a multiple of the {len(pattern)} mixers given")
+            raise ValueError(
+                f"Backbone.depth = {depth} must be a multiple of the {len(pattern)} mixers given"
+            )
         self.width, self.depth, self.remat = width, depth, remat
         self.encoder = encoder(inputs, width, rngs=rngs)
         if cls_token:
@@ -132,12 +143,9 @@ class Backbone(nnx.Module):
             self.layers = nnx.List([block(pattern[i % len(pattern)], flat[i]) for i in range(depth)])
         self.norm = norm(width, rngs=rngs) if prenorm else None
         if self.scan and any(layer.mixer.reads_below for layer in self.layers):
-            raise ValueError("Backbone.scan = True: a mixer here reads lower layers, which a scan cannot offer")
-
-    @property
-    def chunk(self) -> int:
-        """The least common multiple of the mixers' inner chunks: packed documents must start at its multiples."""
-        return math.lcm(*(layer.mixer.chunk for layer in self.layers))
+            raise ValueError(
+                "Backbone.scan = True: a mixer here reads lower layers, which a scan cannot offer"
+            )
 
     def init_carry(self, batch: int, *, capacity: int | None = None) -> Carry:
         """One carry a layer; of a scanned position, stacked along axis 0."""
@@ -157,7 +165,9 @@ class Backbone(nnx.Module):
             x = self.norm(x, ctx.valid, train)
         return Out(x, carry, aux)
 
-    def _unrolled(self, x: Array, carry: Carry | None, ctx: Context, train: bool) -> tuple[Array, Carry, tuple]:
+    def _unrolled(
+        self, x: Array, carry: Carry | None, ctx: Context, train: bool
+    ) -> tuple[Array, Carry, tuple]:
         keys = [None] * self.depth if ctx.key is None else list(jax.random.split(ctx.key, self.depth))
         carries, aux = [], []
         for i, layer in enumerate(self.layers):
@@ -168,7 +178,9 @@ class Backbone(nnx.Module):
             aux.append(out.aux)
         return x, tuple(carries), tuple(aux)
 
-    def _scanned(self, x: Array, carry: Carry | None, ctx: Context, train: bool) -> tuple[Array, Carry, tuple]:
+    def _scanned(
+        self, x: Array, carry: Carry | None, ctx: Context, train: bool
+    ) -> tuple[Array, Carry, tuple]:
         repeats, pattern = self.depth // len(self.layers), len(self.layers)
         keys = None if ctx.key is None else jax.random.split(ctx.key, (repeats, pattern))
 
@@ -213,7 +225,9 @@ def _constrain(x: Array, ctx: Context) -> Array:
 def _prepend(token: Array, x: Array, ctx: Context) -> tuple[Array, Context]:
     """Inserts `token` before the first valid token of every row; the sequence becomes one longer."""
     if ctx.reset is not None:
-        raise ValueError("Backbone.cls_token: a summary token per row has no meaning in packed documents (reset given)")
+        raise ValueError(
+            "Backbone.cls_token: a summary token per row has no meaning in packed documents (reset given)"
+        )
     token = jnp.broadcast_to(token.astype(x.dtype)[None, None], (x.shape[0], 1, x.shape[2]))
     if ctx.valid is None:
         return jnp.concatenate([token, x], axis=1), ctx

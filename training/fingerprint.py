@@ -20,13 +20,21 @@ class ArrayRecord(NamedTuple):
 
 
 def describe(state: Any) -> dict[str, ArrayRecord]:
-    """Path of every array -> its shape, dtype and fingerprint."""
-    leaves = differences.leaf_paths(state)
-    sums = jax.device_get({path: _fingerprint(leaf) for path, leaf in leaves.items()})
+    """Path of every array -> its shape, dtype and fingerprint.
+
+    One program for all of them, and nothing else under way: on several processes, many small programs with a
+    collective each can start in different orders and wait for each other for ever.
+    """
+    leaves = differences.leaf_paths(jax.block_until_ready(state))
+    sums = jax.device_get(_fingerprints(leaves))
     return {path: ArrayRecord(list(x.shape), str(x.dtype), int(sums[path])) for path, x in leaves.items()}
 
 
 @jax.jit
+def _fingerprints(leaves: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
+    return {path: _fingerprint(leaf) for path, leaf in leaves.items()}
+
+
 def _fingerprint(x: Array) -> UInt32[Array, ""]:
     """A 32-bit sum of the bits of x, each element weighted by its position.
 

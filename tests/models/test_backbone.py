@@ -82,7 +82,9 @@ def gradient(model, train):
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_equals_unrolled_with_the_same_parameters(remat):
-    scanned = make(depth=4, mixers=(Decay, Decay), mlp=GLU, norm=BatchNorm, scan=True, remat=remat, prenorm=False)
+    scanned = make(
+        depth=4, mixers=(Decay, Decay), mlp=GLU, norm=BatchNorm, scan=True, remat=remat, prenorm=False
+    )
     flat = make(depth=4, mixers=(Decay, Decay), mlp=GLU, norm=BatchNorm, scan=False, prenorm=False)
     nnx.update(flat.encoder, nnx.state(scanned.encoder))
     for i, block in enumerate(flat.layers):  # layer i is slice i // 2 of pattern position i % 2
@@ -124,7 +126,9 @@ def test_dropout_is_tied_in_time_and_off_without_a_key():
     np.testing.assert_array_equal(body(jnp.asarray(IDS), None, Context(), True).y - embedded, plain)
 
 
-@pytest.mark.parametrize(("side", "pooling"), [("right", "mean"), ("left", "mean"), ("right", "last"), ("left", "last")])
+@pytest.mark.parametrize(
+    ("side", "pooling"), [("right", "mean"), ("left", "mean"), ("right", "last"), ("left", "last")]
+)
 def test_padding_of_either_side_leaves_the_logits(side, pooling):
     body = make(norm=LayerNorm)
     model = models.Classifier(body, classes=4, pooling=getattr(models, pooling), rngs=nnx.Rngs(1))
