@@ -159,9 +159,7 @@ def finish(program: Program, checkpoints: Checkpoints, run_dir: epath.Path, sour
     """The best state by validation, on test once: result.json, curve.png, a row."""
     best = checkpoints.best()
     if best is None:
-        raise FileNotFoundError(
-            f"{run_dir} has no checkpoint with validation scores yet: nothing to evaluate"
-        )
+        raise FileNotFoundError(f"{run_dir} has no checkpoint with validation scores yet: nothing to evaluate")
     step, valid = best
     test = program.evaluate(checkpoints.restore_best(), "test")
     if distributed.is_main():
@@ -190,9 +188,7 @@ def compile_ahead(program: Program, operative: str) -> int:
 
 def diagnosis(program: Program, state: TrainState, batch: Any, key: Any, step: int) -> str:
     """Which parameters' gradients are not finite at the step where the run gives up."""
-    bad = [
-        path for path, finite in jax.device_get(program.diagnosis(state, batch, key)).items() if not finite
-    ]
+    bad = [path for path, finite in jax.device_get(program.diagnosis(state, batch, key)).items() if not finite]
     named = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
     return (
         f"{program.run.max_bad_steps} steps in a row had no finite loss or gradient, the last one step {step}; not "
@@ -225,13 +221,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("configs", nargs="*", metavar="CONFIG.gin | NAME=VALUE", help="files, then overrides")
-    parser.add_argument(
-        "--run_dir", help="where everything of the run goes, local or gs://; default runs/NAMES"
-    )
+    parser.add_argument("--run_dir", help="where everything of the run goes, local or gs://; default runs/NAMES")
     parser.add_argument("--evaluate", metavar="RUN_DIR", help="evaluate the best checkpoint of a run again")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="parameters, roles, shardings, memory, FLOPs; no data"
-    )
+    parser.add_argument("--dry_run", action="store_true", help="parameters, roles, shardings, memory, FLOPs; no data")
     parser.add_argument(
         "--compile_only",
         metavar="TOPOLOGY",

@@ -63,9 +63,7 @@ def race(
     return {n: r if isinstance(r, Skipped) else statistics.median(r) for n, r in results.items()}
 
 
-def report(
-    title: str, results: Mapping[str, float | Skipped], ours: str, limits: Mapping[str, float]
-) -> bool:
+def report(title: str, results: Mapping[str, float | Skipped], ours: str, limits: Mapping[str, float]) -> bool:
     """Print a table with our time over each peer's. True if every measured ratio is within its limit."""
     print(title)
     within = True
@@ -90,9 +88,7 @@ def _say(message: object) -> None:
 
 
 def _start(command: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _receive(child: subprocess.Popen, timeout: float) -> object | Skipped:

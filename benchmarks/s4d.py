@@ -149,15 +149,9 @@ CONTESTANTS = {f.__name__: f for f in (layer_ours, layer_discretax, step_ours, s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--peer_python", default=sys.executable, help="interpreter that has the peers installed"
-    )
-    parser.add_argument(
-        "--peers_dir", default=os.environ.get("PEERS_DIR", ""), help="folder of the checkouts"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer_python", default=sys.executable, help="interpreter that has the peers installed")
+    parser.add_argument("--peers_dir", default=os.environ.get("PEERS_DIR", ""), help="folder of the checkouts")
     parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)

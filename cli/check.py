@@ -11,6 +11,7 @@ that it makes, 1 if not, 2 if an argument is wrong.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import os
@@ -39,9 +40,7 @@ def run(args: argparse.Namespace) -> int:
     # Read when JAX is imported: the CPU, of which eight virtual devices serve the promise about sharding.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = (
-            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-        )
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     from longwave.layers import contract
 
     make = find(args.mixer)
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     settings = contract.LONG if args.long else contract.Settings()
     width = settings.width if args.width is None else args.width
     try:
-        settings = contract.Settings(**{**vars(settings), "width": width})
+        settings = dataclasses.replace(settings, width=width)
         make(width, rngs=_rngs(), **hyper)
     except (TypeError, ValueError) as error:
         given = f"--width {width}" + (f" --set {' '.join(args.set)}" if args.set else "")

@@ -84,9 +84,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, origin) and _elements_fit(value, origin, args)
     try:
         return is_bearable(value, hint)
-    except (
-        BeartypeException
-    ):  # a hint that cannot be judged (an unresolved name): let the code itself complain
+    except BeartypeException:  # a hint that cannot be judged (an unresolved name): let the code itself complain
         return True
 
 

@@ -90,9 +90,7 @@ class Attention(Mixer):
             raise ValueError(f"Attention.kv_heads = {kv_heads} must divide heads = {heads}")
         head_dim = width // heads if head_dim is None else head_dim
         if rope is not None and head_dim % 2:
-            raise ValueError(
-                f"Attention.head_dim = {head_dim} must be even for rope; rope = None turns it off"
-            )
+            raise ValueError(f"Attention.head_dim = {head_dim} must be even for rope; rope = None turns it off")
         if window is not None and window < 1:
             raise ValueError(f"Attention.window = {window} must be at least 1, or None")
         if sinks < 0 or (sinks and window is None):
@@ -101,9 +99,7 @@ class Attention(Mixer):
         self.causal, self.window, self.sinks, self.rope = causal, window, sinks, rope
         if not causal:
             self.supports = frozenset({"reset"})
-        project = lambda n_in, n_out: nnx.Linear(
-            n_in, n_out, use_bias=bias, promote_dtype=_to_input_dtype, rngs=rngs
-        )
+        project = lambda n_in, n_out: nnx.Linear(n_in, n_out, use_bias=bias, promote_dtype=_to_input_dtype, rngs=rngs)
         self.q = project(width, heads * head_dim)
         self.k = project(width, kv_heads * head_dim)
         self.v = project(width, kv_heads * head_dim)
@@ -118,16 +114,12 @@ class Attention(Mixer):
         """No token yet. `capacity`: the longest document; required by full attention, ignored by a window."""
         self._check_carry()
         if self.window is None and capacity is None:
-            raise ValueError(
-                "Attention.init_carry: full attention needs a capacity: the longest document to hold"
-            )
+            raise ValueError("Attention.init_carry: full attention needs a capacity: the longest document to hold")
         return self._empty(batch, capacity, self.k.kernel[...].dtype)
 
     def _check_carry(self) -> None:
         if not self.causal:
-            raise Unsupported(
-                self, "carry", "with causal=False a token also sees those that have not come yet"
-            )
+            raise Unsupported(self, "carry", "with causal=False a token also sees those that have not come yet")
 
     def _empty(self, batch: int, capacity: int | None, dtype) -> Carry:
         slots = capacity if self.window is None else self.sinks + self.window
@@ -139,9 +131,7 @@ class Attention(Mixer):
         if carry is not None:
             self._check_carry()
             if self.window is None and t > (capacity := carry["k"].shape[1]):
-                raise ValueError(
-                    f"{t} tokens do not fit the carry's capacity = {capacity}: init_carry with more"
-                )
+                raise ValueError(f"{t} tokens do not fit the carry's capacity = {capacity}: init_carry with more")
         at = places(jnp.zeros(b, jnp.int32) if carry is None else carry["position"], t, ctx)
         lost = jnp.zeros((b, t), bool)
         if carry is not None and self.window is None:

@@ -55,13 +55,9 @@ class Bidirectional(Mixer):
         self.forward = mixer(width, rngs=rngs)
         inner = type(self.forward).__name__
         if "causal" not in self.forward.supports:
-            raise ValueError(
-                f"Bidirectional.mixer = {inner} must be causal: it sees both directions by itself"
-            )
+            raise ValueError(f"Bidirectional.mixer = {inner} must be causal: it sees both directions by itself")
         if self.forward.reads_below:
-            raise ValueError(
-                f"Bidirectional.mixer = {inner} reads lower layers, whose outputs are not mirrored"
-            )
+            raise ValueError(f"Bidirectional.mixer = {inner} reads lower layers, whose outputs are not mirrored")
         self.chunk = self.forward.chunk
         self.supports = self.supports & self.forward.supports
         self.tied = tied

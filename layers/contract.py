@@ -36,7 +36,7 @@ class Promise(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.test.__name__
+        return self.test.__name__  # ty: ignore[missing-attribute]: a function has one
 
     @property
     def text(self) -> str:
@@ -116,16 +116,12 @@ def _ask(promise: Promise, bench: Bench, tolerances: Tolerances) -> Check:
         skipped = str(reason)
     except Exception as error:  # a mixer may raise anything; the certificate says what
         gaps.append(Gap(type(error).__name__, math.inf, 0.0, str(error).split("\n\n")[0]))
-    worst = next((gap for gap in gaps if not gap.holds), None) or max(
-        gaps, key=lambda gap: gap.share, default=None
-    )
+    worst = next((gap for gap in gaps if not gap.holds), None) or max(gaps, key=lambda gap: gap.share, default=None)
     check = Check(promise.name, promise.text, skipped=skipped, seconds=time.perf_counter() - start)
     if worst is None:
         return check
     detail = "" if worst.holds else f"{worst.what}: {worst.detail}"
-    return dataclasses.replace(
-        check, passed=worst.holds, error=worst.error, tolerance=worst.tolerance, detail=detail
-    )
+    return dataclasses.replace(check, passed=worst.holds, error=worst.error, tolerance=worst.tolerance, detail=detail)
 
 
 def certificate(checks: Sequence[Check], title: str = "") -> str:

@@ -152,9 +152,7 @@ class Bench:
             return self._zeros[key]
         return _zeros_like(carry)
 
-    def stream(
-        self, segments: Sequence[Tokens], carry: Carry | None, *, key: Any = None, params: Any = None
-    ) -> Run:
+    def stream(self, segments: Sequence[Tokens], carry: Carry | None, *, key: Any = None, params: Any = None) -> Run:
         """Calls on one segment after the other, each from the last one's carry; then gradients, backwards."""
         params = self.params if params is None else params
         contexts = [Context(reset=s.reset, valid=s.valid, key=key) for s in segments]

@@ -46,9 +46,7 @@ def supports(b: Bench, t: Tolerances) -> Iterator[Gap]:
             else:
                 right = isinstance(raised, Unsupported)
                 result = f"raised {raised!r}" if raised else "went through"
-                yield fact(
-                    what, right, f"{capability!r} is not claimed: expected Unsupported, but it {result}"
-                )
+                yield fact(what, right, f"{capability!r} is not claimed: expected Unsupported, but it {result}")
 
 
 def roles(b: Bench, t: Tolerances) -> Iterator[Gap]:
@@ -164,9 +162,7 @@ def sharding(b: Bench, t: Tolerances) -> Iterator[Gap]:
     yield fact("compiled step", not moved, f"an activation crosses the batch axis: {'; '.join(moved[:3])}")
 
 
-_GATHER = re.compile(
-    r"= (.*?) all-gather(?:-start)?\(.*?replica_groups=(.*?), (?:dimensions|use_global|channel)"
-)
+_GATHER = re.compile(r"= (.*?) all-gather(?:-start)?\(.*?replica_groups=(.*?), (?:dimensions|use_global|channel)")
 
 
 def crossing(text: str, data: int, tensor: int) -> list[str]:
@@ -183,17 +179,13 @@ def crossing(text: str, data: int, tensor: int) -> list[str]:
 def _groups(text: str, devices: int) -> list[list[int]]:
     """Device numbers of the groups of a collective, from any of the notations that XLA prints."""
     ints = lambda s: [int(i) for i in s.split(",")]
-    if text.startswith(
-        "mesh["
-    ):  # mesh['a'=4,'b'=2] {'a'}: groups along the axes in braces, maybe split: 'a':(1)2
+    if text.startswith("mesh["):  # mesh['a'=4,'b'=2] {'a'}: groups along the axes in braces, maybe split: 'a':(1)2
         axes, along = text.rsplit("{", 1)
         sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", axes)}
         inside = [i for i, name in enumerate(sizes) if name in re.findall(r"'(\w+)'", along)]
         ids = np.moveaxis(np.arange(devices).reshape(*sizes.values()), inside, range(-len(inside), 0))
         return ids.reshape(-1, int(np.prod([list(sizes.values())[i] for i in inside]))).tolist()
-    if iota := re.match(
-        r"\[([\d,]*)\]<=\[([\d,]*)\](?:T\(([\d,]*)\))?", text
-    ):  # [groups,size]<=[dims]T(order)
+    if iota := re.match(r"\[([\d,]*)\]<=\[([\d,]*)\](?:T\(([\d,]*)\))?", text):  # [groups,size]<=[dims]T(order)
         shape, dims, order = iota.groups()
         ids = np.arange(devices).reshape(ints(dims))
         return (ids.transpose(ints(order)) if order else ids).reshape(ints(shape)).tolist()
@@ -206,9 +198,7 @@ def _mesh() -> jax.sharding.Mesh:
     if devices is None:
         raise NotHere(f"needs {DATA * TENSOR} devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
     auto = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh(
-        (DATA, TENSOR), ("data", "tensor"), axis_types=auto, devices=devices[: DATA * TENSOR]
-    )
+    return jax.make_mesh((DATA, TENSOR), ("data", "tensor"), axis_types=auto, devices=devices[: DATA * TENSOR])
 
 
 def _x(b: Bench, n: int, dtype: Any) -> jax.ShapeDtypeStruct:

@@ -22,9 +22,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
         self.scale, self.bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
 
-    def __call__(
-        self, x: Float[Array, "b t d"], valid: Valid = None, train: bool = False
-    ) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"], valid: Valid = None, train: bool = False) -> Float[Array, "b t d"]:
         u = x.astype(jnp.float32)
         u = u - u.mean(-1, keepdims=True)
         u = u * jax.lax.rsqrt(jnp.square(u).mean(-1, keepdims=True) + self.eps)
@@ -40,9 +38,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones(width))
 
-    def __call__(
-        self, x: Float[Array, "b t d"], valid: Valid = None, train: bool = False
-    ) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"], valid: Valid = None, train: bool = False) -> Float[Array, "b t d"]:
         u = x.astype(jnp.float32)
         u = u * jax.lax.rsqrt(jnp.square(u).mean(-1, keepdims=True) + self.eps)
         return (u * self.scale[...].astype(jnp.float32)[None, None]).astype(x.dtype)
@@ -73,9 +69,7 @@ class BatchNorm(nnx.Module):
         self.scale, self.bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
         self.mean, self.var = nnx.BatchStat(jnp.zeros(width)), nnx.BatchStat(jnp.ones(width))
 
-    def __call__(
-        self, x: Float[Array, "b t d"], valid: Valid = None, train: bool = False
-    ) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"], valid: Valid = None, train: bool = False) -> Float[Array, "b t d"]:
         u = x.astype(jnp.float32)
         mean, var = self.mean[...], self.var[...]
         if train:
@@ -92,9 +86,7 @@ class BatchNorm(nnx.Module):
             weight = valid[..., None].astype(u.dtype)
             count = jnp.maximum(weight.sum(), 1.0)
             mean = jnp.where(valid[..., None], u, 0.0).sum((0, 1)) / count
-            var = (weight * jnp.square(jnp.where(valid[..., None], u, 0.0) - mean[None, None])).sum(
-                (0, 1)
-            ) / count
+            var = (weight * jnp.square(jnp.where(valid[..., None], u, 0.0) - mean[None, None])).sum((0, 1)) / count
         unbiased = var * count / jnp.maximum(count - 1.0, 1.0)
         keep = self.momentum
         self.mean[...] = keep * self.mean[...] + (1 - keep) * jax.lax.stop_gradient(mean)

@@ -141,9 +141,7 @@ class S4D(Mixer):
 
         A, B = init(N)
         if A.shape != (N // 2,) or B.shape != (N // 2,) or not np.all(A.real < 0):
-            raise ValueError(
-                f"init must give A (Re A < 0) and B of shape {(N // 2,)} for N={N}, got {A}, {B}"
-            )
+            raise ValueError(f"init must give A (Re A < 0) and B of shape {(N // 2,)} for N={N}, got {A}, {B}")
         tiled = lambda x: jnp.asarray(np.broadcast_to(x, (n_ssm, *x.shape)), jnp.float32)
         self.A_real = nnx.Param(tiled(np.log(-A.real)))
         self.A_imag = nnx.Param(tiled(-A.imag))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -61,22 +61,16 @@ class ListOps:
 
     def __post_init__(self) -> None:
         if len(self.sizes) != len(_SPLITS):
-            raise ValueError(
-                f"ListOps.sizes = {self.sizes}: expected three numbers of rows: train, valid, test"
-            )
+            raise ValueError(f"ListOps.sizes = {self.sizes}: expected three numbers of rows: train, valid, test")
         if self.max_length < 2:
-            raise ValueError(
-                f"ListOps.max_length = {self.max_length}: expected at least 2, one token and <eos>"
-            )
+            raise ValueError(f"ListOps.max_length = {self.max_length}: expected at least 2, one token and <eos>")
         of_generated = (self.min_tokens, self.max_tokens, self.seed, tuple(self.sizes))
         if self.source != "generated" and of_generated != (_LRA.min_tokens, _LRA.max_tokens, 0, _LRA_SIZES):
             raise ValueError(
                 f"ListOps.source = {self.source!r}: min_tokens, max_tokens, seed, sizes are of generated data"
             )
         if self.source == "generated" and self.max_tokens > self.max_length:
-            raise ValueError(
-                f"ListOps.max_tokens = {self.max_tokens}: expected at most max_length = {self.max_length}"
-            )
+            raise ValueError(f"ListOps.max_tokens = {self.max_tokens}: expected at most max_length = {self.max_length}")
         _ = self._source  # checks the other values
 
     @property
@@ -109,10 +103,9 @@ class ListOps:
         if split not in _SPLITS:
             raise ValueError(f"split = {split!r}: ListOps has {', '.join(_SPLITS)}")
         rows, collate = self._rows[split], functools.partial(_pad, max_length=self.max_length)
-        part = {"batch_size": batch_size, "step": step, "host": host, "hosts": hosts}
         if split == "train":
-            return train_batches(rows, collate, seed=seed, **part)
-        return evaluation_batches(rows, collate, **part)
+            return train_batches(rows, collate, batch_size=batch_size, seed=seed, step=step, host=host, hosts=hosts)
+        return evaluation_batches(rows, collate, batch_size=batch_size, step=step, host=host, hosts=hosts)
 
     def head(self, backbone: nnx.Module, *, rngs: nnx.Rngs) -> nnx.Module:
         return heads.Classifier(backbone, classes=10, pooling=self.pooling, rngs=rngs)
@@ -189,7 +182,7 @@ class _Splits(dict[str, Rows]):
         return self[split]
 
 
-def _pad(rows: list[tuple[np.ndarray, int]], max_length: int) -> dict[str, np.ndarray]:
+def _pad(rows: Sequence[tuple[np.ndarray, int]], max_length: int) -> dict[str, np.ndarray]:
     """Rows as arrays of static shape: tokens, <eos>, padding."""
     tokens, labels = zip(*rows, strict=True)
     tokens = [row[: max_length - 1] for row in tokens]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,11 +81,20 @@ class Block(nnx.Module):
         return norm(x + dropout(f(x), self.rate, key), ctx.valid, train)
 
 
-class Backbone(nnx.Module):
-    """Encoder, `depth` blocks, final norm (prenorm only): inputs -> Out(y (b, t, width), carry, aux).
+class BackboneOut(NamedTuple):
+    """y (b, t, width); one carry a layer; one dict of side outputs a layer."""
 
-    inputs: what the encoder reads.       mixers: constructors, repeated over the depth: (S4D, S4D, Attention) makes
-        every third layer attention.      mlp, norm: constructors.       dropout: of the residual branches, tied in time.
+    y: Float[Array, "b t d"]
+    carry: Carry
+    aux: tuple[dict[str, Any], ...]
+
+
+class Backbone(nnx.Module):
+    """Encoder, `depth` blocks, final norm (prenorm only): inputs -> BackboneOut(y (b, t, width), carry, aux).
+
+    inputs: what the encoder reads.
+    mixers: constructors, repeated over the depth: (S4D, S4D, Attention) makes every third layer attention.
+    mlp, norm: constructors.      dropout: of the residual branches, tied in time.
     encoder: constructor (inputs, width, rngs=...).     cls_token: a learned vector before the first valid token.
     scan: run repeats of the pattern by `lax.scan` over stacked parameters; None: from 8 layers on. Not for mixers that
         read lower layers.      remat: keep only block inputs for the backward pass.
@@ -113,9 +122,7 @@ class Backbone(nnx.Module):
     ):
         pattern = tuple(mixers)
         if not pattern or depth % len(pattern):
-            raise ValueError(
-                f"Backbone.depth = {depth} must be a multiple of the {len(pattern)} mixers given"
-            )
+            raise ValueError(f"Backbone.depth = {depth} must be a multiple of the {len(pattern)} mixers given")
         self.width, self.depth, self.remat = width, depth, remat
         self.encoder = encoder(inputs, width, rngs=rngs)
         if cls_token:
@@ -143,9 +150,7 @@ class Backbone(nnx.Module):
             self.layers = nnx.List([block(pattern[i % len(pattern)], flat[i]) for i in range(depth)])
         self.norm = norm(width, rngs=rngs) if prenorm else None
         if self.scan and any(layer.mixer.reads_below for layer in self.layers):
-            raise ValueError(
-                "Backbone.scan = True: a mixer here reads lower layers, which a scan cannot offer"
-            )
+            raise ValueError("Backbone.scan = True: a mixer here reads lower layers, which a scan cannot offer")
 
     def init_carry(self, batch: int, *, capacity: int | None = None) -> Carry:
         """One carry a layer; of a scanned position, stacked along axis 0."""
@@ -154,7 +159,7 @@ class Backbone(nnx.Module):
 
     def __call__(
         self, inputs: Array, carry: Carry | None = None, ctx: Context = Context(), train: bool = False
-    ) -> Out:
+    ) -> BackboneOut:
         x = self.encoder(inputs, ctx.axes)
         if hasattr(self, "cls"):
             x, ctx = _prepend(self.cls[...], x, ctx)
@@ -163,11 +168,9 @@ class Backbone(nnx.Module):
         x, carry, aux = run(x, carry, ctx, train)
         if self.norm is not None:
             x = self.norm(x, ctx.valid, train)
-        return Out(x, carry, aux)
+        return BackboneOut(x, carry, aux)
 
-    def _unrolled(
-        self, x: Array, carry: Carry | None, ctx: Context, train: bool
-    ) -> tuple[Array, Carry, tuple]:
+    def _unrolled(self, x: Array, carry: Carry | None, ctx: Context, train: bool) -> tuple[Array, Carry, tuple]:
         keys = [None] * self.depth if ctx.key is None else list(jax.random.split(ctx.key, self.depth))
         carries, aux = [], []
         for i, layer in enumerate(self.layers):
@@ -178,9 +181,7 @@ class Backbone(nnx.Module):
             aux.append(out.aux)
         return x, tuple(carries), tuple(aux)
 
-    def _scanned(
-        self, x: Array, carry: Carry | None, ctx: Context, train: bool
-    ) -> tuple[Array, Carry, tuple]:
+    def _scanned(self, x: Array, carry: Carry | None, ctx: Context, train: bool) -> tuple[Array, Carry, tuple]:
         repeats, pattern = self.depth // len(self.layers), len(self.layers)
         keys = None if ctx.key is None else jax.random.split(ctx.key, (repeats, pattern))
 
@@ -203,7 +204,7 @@ class Backbone(nnx.Module):
     def _block(
         self, layer: Block, x: Array, carry: Carry, ctx: Context, key: Array | None, below: tuple, train: bool
     ) -> Out:
-        """One block, rematerialised if asked. Statistics leave a rematerialised region as results, never by mutation."""
+        """One block, rematerialised if asked. Statistics leave a rematerialised region as results, not by mutation."""
         ctx = dataclasses.replace(ctx, key=key, below=below)
         if not self.remat:
             return layer(x, carry, ctx, train)
@@ -225,9 +226,7 @@ def _constrain(x: Array, ctx: Context) -> Array:
 def _prepend(token: Array, x: Array, ctx: Context) -> tuple[Array, Context]:
     """Inserts `token` before the first valid token of every row; the sequence becomes one longer."""
     if ctx.reset is not None:
-        raise ValueError(
-            "Backbone.cls_token: a summary token per row has no meaning in packed documents (reset given)"
-        )
+        raise ValueError("Backbone.cls_token: a summary token per row has no meaning in packed documents (reset given)")
     token = jnp.broadcast_to(token.astype(x.dtype)[None, None], (x.shape[0], 1, x.shape[2]))
     if ctx.valid is None:
         return jnp.concatenate([token, x], axis=1), ctx

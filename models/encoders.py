@@ -55,5 +55,6 @@ class PatchEncoder(nnx.Module):
 
 def encoder_for(inputs: Inputs, width: int, *, rngs: nnx.Rngs) -> nnx.Module:
     """TokenEmbedding for Tokens, LinearEncoder for Features."""
-    kind = TokenEmbedding if isinstance(inputs, Tokens) else LinearEncoder
-    return kind(inputs, width, rngs=rngs)
+    if isinstance(inputs, Tokens):
+        return TokenEmbedding(inputs, width, rngs=rngs)
+    return LinearEncoder(inputs, width, rngs=rngs)

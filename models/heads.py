@@ -44,11 +44,12 @@ class Classifier(nnx.Module):
     def __init__(self, backbone: nnx.Module, *, classes: int, pooling: Pooling = mean, rngs: nnx.Rngs):
         if hasattr(backbone, "cls") != (pooling is cls):
             raise ValueError(
-                f"Classifier.pooling = {pooling.__name__} with Backbone.cls_token = {hasattr(backbone, 'cls')}: "
+                f"Classifier.pooling = {pooling} with Backbone.cls_token = {hasattr(backbone, 'cls')}: "
                 "the summary token and the pooling `cls` go together"
             )
         self.backbone, self.pooling = backbone, pooling
-        self.out = linear(backbone.width, classes, rngs=rngs)
+        width: int = backbone.width  # ty: ignore[missing-attribute]: every backbone has one
+        self.out = linear(width, classes, rngs=rngs)
 
     def __call__(
         self, inputs: Array, ctx: Context = Context(), train: bool = False

@@ -1,9 +1,9 @@
-"""What every test stands on: CPU, eight virtual devices, strict ranks, and a TPU compiler that does not look for TPUs."""
+"""What every test stands on: CPU, eight virtual devices, strict ranks, a TPU compiler that looks for no TPU."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile many small programs and run each once or twice: LLVM's expensive passes would cost more than all the rest.
+# Tests compile many small programs and run each once or twice: LLVM's expensive passes would cost more than they save.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8"

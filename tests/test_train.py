@@ -11,12 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+
+import train
 from longwave.configs.loader import ConfigError
 from longwave.lra.listops import ListOps
 from longwave.training.checkpoint import RunMismatch
 from longwave.training.preemption import RESUMABLE
-
-import train
 from tests.tolerances import OTHER_MESH, assert_close
 
 ROOT = Path(__file__).parents[1]
@@ -146,7 +146,9 @@ def test_evaluating_again_repeats_the_result(finished):
     before = json.loads((finished / "result.json").read_text())
     assert train.main(["--evaluate", str(finished)]) == 0
     after = json.loads((finished / "result.json").read_text())
-    assert {k: after[k] for k in ("valid", "test", "best_step")} == {k: before[k] for k in ("valid", "test", "best_step")}
+    assert {k: after[k] for k in ("valid", "test", "best_step")} == {
+        k: before[k] for k in ("valid", "test", "best_step")
+    }
 
 
 def test_sigterm_and_the_same_command_is_bitwise_the_same_run(home, finished, capsys):
@@ -269,7 +271,9 @@ def test_two_processes_train_as_one(home, finished):
         )
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
-    assert_close(list(lines(home / "two", "train/loss").values()), list(lines(finished, "train/loss").values()), OTHER_MESH)
+    assert_close(
+        list(lines(home / "two", "train/loss").values()), list(lines(finished, "train/loss").values()), OTHER_MESH
+    )
     one, two = (json.loads((home / d / "result.json").read_text()) for d in ("whole", "two"))
     assert_close(two["test"]["loss"], one["test"]["loss"], OTHER_MESH)
 

@@ -83,9 +83,7 @@ class Checkpoints:
             _make_writable(self.directory)
             _remove_leftovers(self.directory)
         records = distributed.from_main(_read_records(self.directory) if distributed.is_main() else None)
-        self._records: dict[int, dict[str, Any] | None] = {
-            int(step): record for step, record in records.items()
-        }
+        self._records: dict[int, dict[str, Any] | None] = {int(step): record for step, record in records.items()}
 
     def __enter__(self) -> Self:
         return self
@@ -107,9 +105,7 @@ class Checkpoints:
         if not self._writable:
             raise ValueError(f"{self.directory} was opened with writable=False")
         if scores is not None and self._metric not in scores:
-            raise KeyError(
-                f"scores lack {self._metric!r}, which chooses the best; they have {sorted(scores)}"
-            )
+            raise KeyError(f"scores lack {self._metric!r}, which chooses the best; they have {sorted(scores)}")
         self.wait()
         scores = {name: float(value) for name, value in scores.items()} if scores else None
         if record := self._records.get(step):
@@ -187,9 +183,7 @@ class Checkpoints:
     def restore_best(self) -> Any:
         """The state of `best()`. Raises FileNotFoundError if no checkpoint has scores, else as `restore`."""
         if (step := self._best_step()) is None:
-            raise FileNotFoundError(
-                f"no checkpoint with validation scores in {self.directory} (steps: {self.steps})"
-            )
+            raise FileNotFoundError(f"no checkpoint with validation scores in {self.directory} (steps: {self.steps})")
         return self.restore(step)
 
     def restore(self, step: int) -> Any:
@@ -202,9 +196,7 @@ class Checkpoints:
             raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory} (steps: {self.steps})")
         path = self.directory / str(step)
         if (record := self._records[step]) is None:
-            raise DamagedCheckpoint(
-                f"{path}: its record {self._record_path(step).name} is missing or unreadable"
-            )
+            raise DamagedCheckpoint(f"{path}: its record {self._record_path(step).name} is missing or unreadable")
         saved = {name: ArrayRecord(*entry) for name, entry in record["arrays"].items()}
         if lines := differences.state_differences(saved, differences.leaf_paths(self._abstract)):
             raise StateMismatch(
@@ -269,9 +261,7 @@ class Checkpoints:
         except Exception as error:
             self._pending = None
             self._records.pop(step, None)
-            raise OSError(
-                f"{self.directory / str(step)} could not be written: {_first_cause(error)}"
-            ) from error
+            raise OSError(f"{self.directory / str(step)} could not be written: {_first_cause(error)}") from error
 
     def _set_aside(self, steps: Iterable[int]) -> None:
         for step in steps:

@@ -101,16 +101,8 @@ def _settings(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
     """Leaves of nested dicts and lists; None and empty containers count as leaves, unlike in a pytree."""
-    children = (
-        tree.items()
-        if isinstance(tree, Mapping)
-        else enumerate(tree)
-        if isinstance(tree, list | tuple)
-        else ()
-    )
-    pairs = [
-        pair for key, value in children for pair in _flatten(value, f"{prefix}/{key}" if prefix else str(key))
-    ]
+    children = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    pairs = [pair for key, value in children for pair in _flatten(value, f"{prefix}/{key}" if prefix else str(key))]
     return pairs or ([(prefix, tree)] if prefix else [])
 
 

@@ -58,9 +58,7 @@ class Logger:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._file = metrics.MetricsFile(run_dir / metrics.NAME, start)
         except OSError as e:
-            raise type(e)(
-                f"cannot write to the run folder {run_dir} ({e}); choose another with --run_dir"
-            ) from e
+            raise type(e)(f"cannot write to the run folder {run_dir} ({e}); choose another with --run_dir") from e
         if metrics.is_local(run_dir):
             self._sinks.append(TensorBoard(run_dir, start))
         if wandb_project is not None:
@@ -96,9 +94,7 @@ class Logger:
             times = {f"ms/{name}": 1e3 * s for name, s in self.stopwatch.medians().items()}
             tokens = {"tokens_per_s": speed * self._batch_tokens} if self._batch_tokens else {}
             self._write(step, _prefixed("train", fetched) | {"steps_per_s": speed} | tokens | times)
-            self._terminal.status(
-                step, {n: fetched[n] for n in SHOWN if n in fetched}, speed, self._batch_tokens
-            )
+            self._terminal.status(step, {n: fetched[n] for n in SHOWN if n in fetched}, speed, self._batch_tokens)
         return fetched
 
     def scalars(self, step: int, values: Mapping[str, float], *, split: str) -> None:

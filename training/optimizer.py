@@ -23,7 +23,7 @@ from longwave.layers.mixer import ROLES
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 Group = tuple[float | None, float | None]  # (learning rate, weight decay); None: the optimiser's own
 
-UNDECAYED: dict[str, Group] = {role: (None, 0.0) for role in ("A", "B", "dt", "norm", "bias", "embed")}
+UNDECAYED: dict[str, Group] = dict.fromkeys(("A", "B", "dt", "norm", "bias", "embed"), (None, 0.0))
 
 
 def constant() -> Schedule:
@@ -82,9 +82,7 @@ class Plateau:
 
 
 def initial_plateau() -> PlateauState:
-    return PlateauState(
-        jnp.ones((), jnp.float32), jnp.full((), -jnp.inf, jnp.float32), jnp.zeros((), jnp.int32)
-    )
+    return PlateauState(jnp.ones((), jnp.float32), jnp.full((), -jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

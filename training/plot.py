@@ -79,9 +79,7 @@ def table(rows: Sequence[Mapping[str, Any]], *, title: str = "", console: Consol
     return "".join(f"| {' | '.join(row)} |\n" for row in [escaped[0], rule, *escaped[1:]])
 
 
-def _shown(
-    columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool], title: str
-) -> Table:
+def _shown(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool], title: str) -> Table:
     """Rows below each other; a single row upright, a line a column, for it seldom fits a terminal."""
     shown = Table(title=title or None, title_justify="left", show_header=len(cells) != 1)
     if len(cells) == 1:

@@ -58,8 +58,6 @@ class Preemption:
             raise KeyboardInterrupt
         self._interrupted |= number == signal.SIGINT
         if self._together:
-            os.kill(
-                os.getpid(), signal.SIGTERM
-            )  # to the preemption service: Ctrl-C on one host stops them all
+            os.kill(os.getpid(), signal.SIGTERM)  # to the preemption service: Ctrl-C on one host stops them all
         else:
             self._stop = True

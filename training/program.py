@@ -45,9 +45,7 @@ class Program:
         """This process's rows of a batch -> arrays over the mesh."""
         place = lambda spec, rows: jax.make_array_from_process_local_data(spec.sharding, rows, spec.shape)
         with jax.transfer_guard("allow"):
-            return {
-                name: place(spec, np.asarray(local[name], spec.dtype)) for name, spec in self.batch.items()
-            }
+            return {name: place(spec, np.asarray(local[name], spec.dtype)) for name, spec in self.batch.items()}
 
     def key(self) -> Array:
         """The key of the run's randomness, on every device of the mesh."""
@@ -94,7 +92,7 @@ def build(run: Run, devices: Sequence[Any] | None = None) -> Program:
         for name, spec in run.task.batch_spec(run.batch_size).items()
     }
     places, rows = shardings(state), shardings(batch)
-    options = {"compiler_options": dict(run.compiler_options)} if run.compiler_options else {}
+    options = dict(run.compiler_options) or None
     eval_step = make_eval_step(model, run.task, run, axes)
 
     def add_sums(params: Any, model_state: Any, sums: Sums | None, batch: Any) -> Sums:
@@ -112,25 +110,21 @@ def build(run: Run, devices: Sequence[Any] | None = None) -> Program:
         model=model,
         state=state,
         batch=batch,
-        init=jax.jit(
-            lambda key: new_state(model, run.optimizer, run.ema is not None, key), out_shardings=places
-        ),
+        init=jax.jit(lambda key: new_state(model, run.optimizer, run.ema is not None, key), out_shardings=places),
         train_step=jax.jit(
             make_train_step(model, run.task, run, axes),
             in_shardings=(places, rows, everywhere),
             out_shardings=(places, everywhere),
             donate_argnums=0,
-            **options,
+            compiler_options=options,
         ),
         eval_step=jax.jit(
             add_sums,
             in_shardings=(places.params, places.model_state, everywhere, rows),
             out_shardings=everywhere,
             donate_argnums=2,
-            **options,
+            compiler_options=options,
         ),
-        diagnosis=jax.jit(
-            make_diagnosis(model, run.task, run, axes), in_shardings=(places, rows, everywhere)
-        ),
+        diagnosis=jax.jit(make_diagnosis(model, run.task, run, axes), in_shardings=(places, rows, everywhere)),
         move_plateau=jax.jit(move_plateau, out_shardings=places, donate_argnums=0),
     )

@@ -78,9 +78,7 @@ def finish(
     """Writes result.json, table.md and curve.png, and prints the row. `step` is that of the best validation."""
     run, task = program.run, program.run.task
     seconds = sum(
-        run.log_every / line["train/steps_per_s"]
-        for line in metrics.read(run_dir)
-        if line.get("train/steps_per_s")
+        run.log_every / line["train/steps_per_s"] for line in metrics.read(run_dir) if line.get("train/steps_per_s")
     )
     row = task.row({"valid": valid, "test": test}) | {
         "best step": step,
@@ -142,8 +140,6 @@ def _git() -> str | None:
         ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
     ).stdout.strip()
     try:
-        return run("rev-parse", "HEAD") + (
-            "+" if run("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None

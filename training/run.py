@@ -60,8 +60,6 @@ class Run:
                 f"train.batch_size = {self.batch_size} must be a multiple of train.accumulate = {self.accumulate}"
             )
         if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(
-                f"train.compute_dtype = {self.compute_dtype!r}: expected 'float32' or 'bfloat16'"
-            )
+            raise ValueError(f"train.compute_dtype = {self.compute_dtype!r}: expected 'float32' or 'bfloat16'")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"train.ema = {self.ema}: expected a decay between 0 and 1, or None")

@@ -89,9 +89,7 @@ def rule_of(path: str, role: str) -> P:
     """The one row of RULES that a parameter matches. Raises ValueError for none or several."""
     rows = [spec for r, pattern, spec in RULES if r == role and re.search(pattern, "/" + path)]
     if len(rows) != 1:
-        raise ValueError(
-            f"parameter {path} (role {role}) matches {len(rows)} sharding rules: expected exactly one"
-        )
+        raise ValueError(f"parameter {path} (role {role}) matches {len(rows)} sharding rules: expected exactly one")
     return rows[0]
 
 

@@ -40,7 +40,8 @@ def make_train_step(model: ModelDef, task: Task, run: Run, axes: Axes) -> StepFn
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if run.ema is not None:
-            ema = jax.tree.map(lambda e, p: e + (1 - run.ema) * (p - e), ema, params)
+            rate = 1 - run.ema
+            ema = jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
 
         ok = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
@@ -72,9 +73,7 @@ def make_gradients(
 ) -> Callable[[TrainState, Any, Array], tuple[Sums, Params, Params]]:
     """(state, batch, key) -> (sums, gradient of loss / weight, model_state), over `run.accumulate` micro-batches."""
 
-    def sum_loss(
-        params: Params, model_state: Params, batch: Any, key: Array
-    ) -> tuple[Array, tuple[Sums, Params]]:
+    def sum_loss(params: Params, model_state: Params, batch: Any, key: Array) -> tuple[Array, tuple[Sums, Params]]:
         module = model.merge(model.cast(params, run.compute_dtype), model_state)
         sums = task.loss(module, batch, key, axes)
         return sums.loss, (sums, split(module)[1])
@@ -89,9 +88,7 @@ def make_gradients(
             def body(carry: Any, micro: Any) -> tuple[Any, None]:
                 sums, grads, model_state = carry
                 index, rows = micro
-                g, (s, model_state) = gradient(
-                    state.params, model_state, rows, jax.random.fold_in(key, index)
-                )
+                g, (s, model_state) = gradient(state.params, model_state, rows, jax.random.fold_in(key, index))
                 return (*jax.tree.map(jnp.add, (sums, grads), (s, g)), model_state), None
 
             # Micro-batch i takes every n-th row, so that each device keeps the rows that it holds.
@@ -107,9 +104,7 @@ def make_gradients(
     return gradients
 
 
-def make_eval_step(
-    model: ModelDef, task: Task, run: Run, axes: Axes
-) -> Callable[[Params, Params, Any], Sums]:
+def make_eval_step(model: ModelDef, task: Task, run: Run, axes: Axes) -> Callable[[Params, Params, Any], Sums]:
     """(params, model_state, batch) -> sums, without randomness and with the running statistics."""
 
     def eval_step(params: Params, model_state: Params, batch: Any) -> Sums:
@@ -124,9 +119,7 @@ def averages(sums: Sums) -> Metrics:
     return {name: value / sums.weight for name, value in {"loss": sums.loss, **sums.metrics}.items()}
 
 
-def make_diagnosis(
-    model: ModelDef, task: Task, run: Run, axes: Axes
-) -> Callable[..., dict[str, Bool[Array, ""]]]:
+def make_diagnosis(model: ModelDef, task: Task, run: Run, axes: Axes) -> Callable[..., dict[str, Bool[Array, ""]]]:
     """(state, batch, key) -> which gradients are finite, by parameter: what a stopped run prints."""
     gradients = make_gradients(model, task, run, axes)
 

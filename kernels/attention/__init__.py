@@ -71,8 +71,7 @@ def _check(q: Array, k: Array, v: Array) -> None:
     (b, _, h, d), (kb, tk, kv, kd) = q.shape, k.shape
     if (kb, kd) != (b, d) or v.shape[:3] != (b, tk, kv):
         raise ValueError(
-            "attention takes q (b, tq, h, d), k (b, tk, kv, d), v (b, tk, kv, dv);"
-            f" got {q.shape}, {k.shape}, {v.shape}"
+            f"attention takes q (b, tq, h, d), k (b, tk, kv, d), v (b, tk, kv, dv); got {q.shape}, {k.shape}, {v.shape}"
         )
     if h % kv:
         raise ValueError(f"attention: {kv} key heads must divide {h} query heads")

@@ -27,13 +27,9 @@ from jaxtyping import Array, Bool, Float, Int
 from longwave.kernels.attention.mask import Mask
 from longwave.kernels.attention.reference import Coordinates, einsum32, visible
 
-BLOCK = (
-    256  # a block of float32 scores fits the second-level cache of a CPU core; half and twice are no faster
-)
+BLOCK = 256  # a block of float32 scores fits the second-level cache of a CPU core; half and twice are no faster
 HIDDEN = -1e30  # score of an invisible key
-FLOOR = (
-    -1e29
-)  # where the running maximum starts: above HIDDEN, so that exp(HIDDEN - m) is 0 even if no key is seen
+FLOOR = -1e29  # where the running maximum starts: above HIDDEN, so that exp(HIDDEN - m) is 0 even if no key is seen
 
 
 def attention(
@@ -149,9 +145,7 @@ def _forward_row(mask, scale, visits, q, k, v, q_at, k_at):
             return o * fade[:, None] + einsum32("mc,cd->md", p, v[j]), m_new, l * fade + jnp.sum(p, -1)
 
         zeros = jnp.zeros(q.shape[0])
-        o, m, l = lax.fori_loop(
-            0, live, key_block, (jnp.zeros((q.shape[0], v.shape[-1])), zeros + FLOOR, zeros)
-        )
+        o, m, l = lax.fori_loop(0, live, key_block, (jnp.zeros((q.shape[0], v.shape[-1])), zeros + FLOOR, zeros))
         blind = l == 0
         l = jnp.where(blind, 1.0, l)
         return (o / l[:, None]).astype(v.dtype), jnp.where(blind, -jnp.inf, m + jnp.log(l))

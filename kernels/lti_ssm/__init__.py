@@ -40,7 +40,8 @@ def lti_ssm(
     """
     if system.C_anti is not None and (state is not None or reset is not None or return_state):
         raise ValueError("a two-sided system (C_anti) needs state=None, reset=None and return_state=False")
-    dims = Diagonal("h.", "h.", "h.", "h", None if system.C_anti is None else "h.")
+    anti = None if system.C_anti is None else "h."
+    dims = Diagonal("h.", "h.", "h.", "h", anti)  # ty: ignore[invalid-argument-type]: names of dimensions, leaf by leaf
     optional = lambda x, d: None if x is None else d
     run = sharded(
         lambda *args: _lti_ssm(*args, return_state),

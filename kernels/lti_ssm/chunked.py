@@ -22,9 +22,7 @@ from longwave.kernels.lti_ssm.kernel_generation import powers
 from longwave.kernels.lti_ssm.system import Diagonal
 
 CHUNK = 64
-MASKED_CHUNK = (
-    16  # with resets each row has a Toeplitz matrix of its own: c multiplications a token, not a matmul
-)
+MASKED_CHUNK = 16  # with resets each row has a Toeplitz matrix of its own: c multiplications a token, not a matmul
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 

@@ -24,9 +24,7 @@ def powers(
     return modulus * jnp.cos(phase), modulus * jnp.sin(phase)
 
 
-def vandermonde(
-    v: Complex[Array, "h n"], a: Complex[Array, "h n"], length: int
-) -> Float[Array, "h {length}"]:
+def vandermonde(v: Complex[Array, "h n"], a: Complex[Array, "h n"], length: int) -> Float[Array, "h {length}"]:
     """K_l = 2 Re sum_n v_n exp(l a_n) for l < length, float32."""
     coarse_re, coarse_im = powers(a, -(-length // BLOCK), BLOCK)
     fine_re, fine_im = powers(a, BLOCK)

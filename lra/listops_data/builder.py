@@ -68,9 +68,7 @@ class Generated:
             progress=lambda done: progress.update(bar, completed=done),
         )
         ends = np.cumsum(list(sizes.values())).tolist()
-        return {
-            split: rows.slice(end - size, end) for end, (split, size) in zip(ends, sizes.items(), strict=True)
-        }
+        return {split: rows.slice(end - size, end) for end, (split, size) in zip(ends, sizes.items(), strict=True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +88,7 @@ class Official:
             if all(path.is_file() for path in paths.values()):
                 return paths
         missing = [name for name in OFFICIAL_FILES.values() if not (folder / name).is_file()]
-        raise FileNotFoundError(
-            f"ListOps source {folder} lacks {', '.join(missing)} (also in its folder listops-1000)"
-        )
+        raise FileNotFoundError(f"ListOps source {folder} lacks {', '.join(missing)} (also in its folder listops-1000)")
 
     @property
     def name(self) -> str:
@@ -187,9 +183,7 @@ def read_split(builder: ListOpsBuilder, split: str) -> Rows:
         rows = source.__getitems__(range(start, min(start + _BLOCK, len(source))))
         tokens = [row["tokens"] for row in rows]
         offsets = np.cumsum([0, *map(len, tokens)])
-        parts.append(
-            Rows(np.concatenate(tokens), offsets, np.array([row["label"] for row in rows], np.uint8))
-        )
+        parts.append(Rows(np.concatenate(tokens), offsets, np.array([row["label"] for row in rows], np.uint8)))
     return Rows.concatenate(parts)
 
 

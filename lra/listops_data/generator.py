@@ -47,13 +47,9 @@ class Distribution:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_tokens < self.max_tokens - 1:
-            raise ValueError(
-                f"min_tokens = {self.min_tokens}, max_tokens = {self.max_tokens}: no length lies between"
-            )
+            raise ValueError(f"min_tokens = {self.min_tokens}, max_tokens = {self.max_tokens}: no length lies between")
         if self.max_depth < 1 or self.max_args < 2:
-            raise ValueError(
-                f"max_depth = {self.max_depth}, max_args = {self.max_args}: expected at least 1 and 2"
-            )
+            raise ValueError(f"max_depth = {self.max_depth}, max_args = {self.max_args}: expected at least 1 and 2")
 
 
 @dataclasses.dataclass
@@ -166,9 +162,7 @@ def generate(
             total += len(part)
             barren = 0 if len(part) else barren + 1
             if barren == BARREN:
-                raise ValueError(
-                    f"{BARREN * DRAWS} trees in a row gave nothing new after {total} rows: {distribution}"
-                )
+                raise ValueError(f"{BARREN * DRAWS} trees in a row gave nothing new after {total} rows: {distribution}")
             parts.append(part)
             progress(min(total, rows))
     return Rows.concatenate(parts).slice(0, rows)
@@ -210,9 +204,7 @@ def _shards(distribution: Distribution, seed: int, processes: int) -> Generator[
             except EOFError:
                 errors.seek(0)
                 text = errors.read().decode(errors="replace").strip()
-                raise RuntimeError(
-                    f"a generating process ended with code {worker.wait()}: {text[-2000:]}"
-                ) from None
+                raise RuntimeError(f"a generating process ended with code {worker.wait()}: {text[-2000:]}") from None
 
 
 def _write(rows: Rows, stream: IO[bytes]) -> None:

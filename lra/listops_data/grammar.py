@@ -21,9 +21,7 @@ MIN, MAX, MED, SM = OPERATORS = (13, 14, 15, 16)
 CLOSE = 17
 SYMBOLS = ("<pad>", "<unk>", "<eos>", *map(str, range(10)), "[MIN", "[MAX", "[MED", "[SM", "]")
 VOCAB = len(SYMBOLS)  # 18: fifteen symbols and three specials
-IDS = {symbol: i for i, symbol in enumerate(SYMBOLS) if i >= DIGIT} | {
-    "X": CLOSE
-}  # X: the bracket's other name
+IDS = {symbol: i for i, symbol in enumerate(SYMBOLS) if i >= DIGIT} | {"X": CLOSE}  # X: the bracket's other name
 
 
 def evaluate(tokens: Iterable[int]) -> int:
@@ -90,9 +88,9 @@ class Rows:
     def row(self, i: int) -> np.ndarray:
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        """(tokens, label) of row i."""
-        return self.row(i), int(self.labels[i])
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """(tokens, label) of a row."""
+        return self.row(index), int(self.labels[index])
 
     @property
     def lengths(self) -> np.ndarray:

@@ -29,9 +29,7 @@ def test_help_of_a_command_shows_examples(capsys):
 
 
 def test_help_needs_no_jax():
-    code = (
-        "import sys; from longwave.cli.main import build_parser; build_parser(); print('jax' in sys.modules)"
-    )
+    code = "import sys; from longwave.cli.main import build_parser; build_parser(); print('jax' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "False"
 

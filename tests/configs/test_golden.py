@@ -3,9 +3,11 @@
 UPDATE_GOLDEN=1 pytest tests/configs/test_golden.py writes the texts anew; read the diff before committing it.
 """
 
+import math
 import os
 from pathlib import Path
 
+import jax
 import pytest
 from flax import nnx
 
@@ -13,7 +15,13 @@ from longwave.configs import loader, names
 
 GOLDEN = Path(__file__).parent / "golden"
 # What is named together on one command line.
-RUNS: tuple[tuple[str, ...], ...] = ()
+RUNS: tuple[tuple[str, ...], ...] = (
+    ("configs/demo.gin",),
+    ("configs/lra/listops.gin", "configs/models/s4d.gin"),
+    ("configs/lra/listops.gin", "configs/models/transformer.gin"),
+)
+# Parameters of the whole model where the official code publishes or implies a count.
+COUNTS = {("configs/lra/listops.gin", "configs/models/s4d.gin"): 815_162}
 
 
 def golden(run: tuple[str, ...]) -> Path:
@@ -25,7 +33,9 @@ def golden(run: tuple[str, ...]) -> Path:
 def test_operative_config(run):
     config = loader.load(run)
     task, backbone = config.run.task, config.run.backbone
-    nnx.eval_shape(lambda: task.head(backbone(task.inputs, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: task.head(backbone(task.inputs, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert count == COUNTS.get(run, count)
     config.check_used()
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.mkdir(exist_ok=True)

@@ -94,9 +94,7 @@ def test_texts_load_again_alone(load, tmp_path, what):
 
 def test_operative_config_has_the_defaults_in_use_under_the_names_of_the_config(load):
     for name in ("mixers", "parts"):  # gin itself would keep the first
-        config = load(
-            "LENGTH=3", model=MODEL.replace("mixers.", f"{name}.").replace("as mixers", f"as {name}")
-        )
+        config = load("LENGTH=3", model=MODEL.replace("mixers.", f"{name}.").replace("as mixers", f"as {name}"))
         assert "mode" not in config.operative
         build(config)
         lines = config.operative.splitlines()
@@ -255,6 +253,7 @@ def test_missing_file_names_near_ones(load, tmp_path, monkeypatch):
     (tmp_path / "configs" / "models").mkdir(parents=True)
     (tmp_path / "configs" / "models" / "s4d.gin").write_text(TASK + MODEL.partition("\n")[2])
     monkeypatch.setattr(names, "HERE", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)  # a file is looked for as named first
     near = r"no config file configs/s4d\.gin; did you mean configs/models/s4d\.gin"
     with pytest.raises(ConfigError, match=near):
         loader.load(["configs/s4d.gin"], settings=Toy)

@@ -42,9 +42,7 @@ def test_the_mixer_is_the_equations_of_its_docstring(min_gru):
 
     mixer = min_gru.MinGRU(4, expand=2, rngs=nnx.Rngs(0))
     mixer.b_z[...] = jnp.linspace(-1, 1, 8)
-    W_z, b_z, W_h, W_o = (
-        np.asarray(getattr(mixer, n)[...], np.float64) for n in ("W_z", "b_z", "W_h", "W_o")
-    )
+    W_z, b_z, W_h, W_o = (np.asarray(getattr(mixer, n)[...], np.float64) for n in ("W_z", "b_z", "W_h", "W_o"))
     x = np.random.default_rng(0).normal(size=(2, 9, 4))
     h, y = np.zeros((2, 8)), []
     for t in range(9):

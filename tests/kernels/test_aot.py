@@ -163,9 +163,7 @@ def test_memory_of_an_adamw_step_is_what_its_arrays_take():
     x = abstract(mesh, (batch, K), ("data", "fsdp"))
     report = aot.compile(jitted, state, x, mesh=mesh, parameters=w)
     moments, inputs = 3 * K * N * F32 // 8, batch * K * F32 // 8
-    assert (
-        moments + inputs < report.memory.arguments <= moments + inputs + 1024
-    )  # the step counter in its tile
+    assert moments + inputs < report.memory.arguments <= moments + inputs + 1024  # the step counter in its tile
     assert moments < report.memory.aliased <= moments + 1024
     assert report.parameters == K * N
     text = report.table()
@@ -187,10 +185,7 @@ def test_what_is_too_large_does_not_fit(name):
     assert not report.fits
     assert report.needed == 2 * gib * GIB
     assert report.capacity == pytest.approx(capacity * GIB, abs=0.05 * GIB)  # the compiler's, and the table's
-    assert (
-        report.verdict
-        == f"does not fit: needs {2 * gib:.2f} GiB of {report.capacity / GIB:.2f} GiB per device"
-    )
+    assert report.verdict == f"does not fit: needs {2 * gib:.2f} GiB of {report.capacity / GIB:.2f} GiB per device"
     assert report.verdict in report.table()
 
 
@@ -261,9 +256,7 @@ def test_meshes(name, axes, sizes):
     assert len(set(mesh.devices.flat)) == math.prod(sizes)
 
 
-@pytest.mark.parametrize(
-    "axes", [{"d": 3}, {"d": 3, "f": -1}, {"d": -1, "f": -1}, {"d": 0}, {"d": 0, "f": -1}, {}]
-)
+@pytest.mark.parametrize("axes", [{"d": 3}, {"d": 3, "f": -1}, {"d": -1, "f": -1}, {"d": 0}, {"d": 0, "f": -1}, {}])
 def test_meshes_that_do_not_cover_the_devices_are_refused(axes):
     with pytest.raises(ValueError, match="expected sizes whose product is 8"):
         aot.mesh(jax.devices(), axes)

@@ -216,9 +216,7 @@ def test_two_sided(t):
 def test_slow_modes_decay_at_the_right_rate(rule):
     """Rounding Ā = 1 - 1e-5 to float32 would put the decay rate off by a percent."""
     A, dt = np.array([[-0.1 + 0j, -0.1 - 3j]]), np.array([1e-4])
-    log_A, _ = rule(
-        jnp.asarray(A, jnp.complex64), jnp.ones((1, 2), jnp.complex64), jnp.asarray(dt, jnp.float32)
-    )
+    log_A, _ = rule(jnp.asarray(A, jnp.complex64), jnp.ones((1, 2), jnp.complex64), jnp.asarray(dt, jnp.float32))
     z = dt[:, None] * A
     expected = z if rule is zoh else np.log((1 + z / 2) / (1 - z / 2))
     np.testing.assert_allclose(log_A, expected, rtol=1e-6)

@@ -103,9 +103,7 @@ def expected(mixer, form):
 
 def caller(mixer):
     graphdef, state = nnx.split(mixer)
-    call = jax.jit(
-        lambda state, x, carry, ctx: nnx.merge(graphdef, state)(x, carry, ctx), compiler_options=FAST
-    )
+    call = jax.jit(lambda state, x, carry, ctx: nnx.merge(graphdef, state)(x, carry, ctx), compiler_options=FAST)
     return partial(call, state)
 
 

@@ -92,9 +92,7 @@ def test_each_document_is_reversed_within_its_length(tied):
 def test_the_mirror_is_its_own_inverse_and_keeps_padding():
     _, reset, valid = packed()
     index = np.asarray(mirror_index(Context(reset=reset, valid=valid), *valid.shape))
-    np.testing.assert_array_equal(
-        np.take_along_axis(index, index, 1), np.broadcast_to(np.arange(T), index.shape)
-    )
+    np.testing.assert_array_equal(np.take_along_axis(index, index, 1), np.broadcast_to(np.arange(T), index.shape))
     np.testing.assert_array_equal(np.take_along_axis(valid, index, 1), valid)
     np.testing.assert_array_equal(index[1], [3, 2, 1, 0, 8, 7, 6, 5, 4, 10, 9])
 

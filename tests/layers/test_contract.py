@@ -269,9 +269,7 @@ def test_hyper_parameters_come_by_partial():
             super().__init__(width, rngs=rngs)
             assert gain == 8
 
-    checks = contract.examine(
-        functools.partial(Scaled, gain=8), contract.Settings(width=2, length=5, piece=2)
-    )
+    checks = contract.examine(functools.partial(Scaled, gain=8), contract.Settings(width=2, length=5, piece=2))
     assert not broken(checks), contract.certificate(checks)
 
 

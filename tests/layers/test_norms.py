@@ -29,9 +29,7 @@ def test_layer_norm():
 
 def test_rms_norm():
     norm, scale, _ = with_affine(RMSNorm(6))
-    assert_close(
-        norm(jnp.float32(X)), X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-6) * scale, FORWARD["float32"]
-    )
+    assert_close(norm(jnp.float32(X)), X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-6) * scale, FORWARD["float32"])
 
 
 @pytest.mark.parametrize("ignore_padding", [True, False])
@@ -48,9 +46,7 @@ def test_batch_norm_in_training_moves_running_statistics_as_torch(ignore_padding
 def test_batch_norm_ignores_what_stands_in_padding_even_nan():
     norm = BatchNorm(6)
     clean = norm(jnp.float32(X), jnp.asarray(VALID), train=True)
-    poisoned = BatchNorm(6)(
-        jnp.where(VALID[..., None], jnp.float32(X), jnp.nan), jnp.asarray(VALID), train=True
-    )
+    poisoned = BatchNorm(6)(jnp.where(VALID[..., None], jnp.float32(X), jnp.nan), jnp.asarray(VALID), train=True)
     np.testing.assert_array_equal(np.asarray(clean)[VALID], np.asarray(poisoned)[VALID])
 
 

@@ -106,9 +106,7 @@ class ChunkMemory(Mixer):
             new = self.a[...].astype(jnp.float32)[None, :] * S + jnp.mean(chunk, axis=1)
             return jnp.where(full[:, None], new, S), S
 
-        S, read = jax.lax.scan(
-            step, carry["S"], jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), (chunks, forget, full))
-        )
+        S, read = jax.lax.scan(step, carry["S"], jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), (chunks, forget, full)))
         slots = jnp.repeat(jnp.swapaxes(read, 0, 1), c, axis=1)
         memory = from_frame(slots, valid, count, t).astype(x.dtype)
         x = jnp.where(valid[..., None], x, 0)

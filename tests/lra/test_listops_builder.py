@@ -57,9 +57,7 @@ def test_full_disk_leaves_nothing(tmp_path):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, old_limit[1]))
     try:
-        with pytest.raises(
-            OSError, match=rf"could not be built in {tmp_path}: .* MB are free there"
-        ) as caught:
+        with pytest.raises(OSError, match=rf"could not be built in {tmp_path}: .* MB are free there") as caught:
             prepare(large, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)

@@ -50,9 +50,7 @@ def test_loss_is_the_weighted_sum():
     weight = np.array([1.0, 0.0, 1.0, 1.0, 0.0])
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     expected = -np.sum(weight * np.log(p[np.arange(5), label]))
-    sums = classification_sums(
-        jnp.asarray(logits, jnp.float32), jnp.asarray(label), jnp.asarray(weight, jnp.float32)
-    )
+    sums = classification_sums(jnp.asarray(logits, jnp.float32), jnp.asarray(label), jnp.asarray(weight, jnp.float32))
     assert_close(sums.loss, expected, FORWARD["float32"])
     assert sums.weight == 3
     assert sums.metrics["accuracy"] == np.sum(weight * (logits.argmax(1) == label))

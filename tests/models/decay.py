@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
 from longwave.layers.mixer import Context, Mixer, Out
 
 

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.special import erf
+
 from longwave import models
 from longwave.layers.mixer import Context
 from longwave.layers.mlp import GLU, MLP
 from longwave.layers.norms import BatchNorm, LayerNorm, RMSNorm
-from scipy.special import erf
-
 from tests.models.decay import Decay
 from tests.tolerances import FORWARD, GRADIENT, assert_close
 
@@ -82,9 +82,7 @@ def gradient(model, train):
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_equals_unrolled_with_the_same_parameters(remat):
-    scanned = make(
-        depth=4, mixers=(Decay, Decay), mlp=GLU, norm=BatchNorm, scan=True, remat=remat, prenorm=False
-    )
+    scanned = make(depth=4, mixers=(Decay, Decay), mlp=GLU, norm=BatchNorm, scan=True, remat=remat, prenorm=False)
     flat = make(depth=4, mixers=(Decay, Decay), mlp=GLU, norm=BatchNorm, scan=False, prenorm=False)
     nnx.update(flat.encoder, nnx.state(scanned.encoder))
     for i, block in enumerate(flat.layers):  # layer i is slice i // 2 of pattern position i % 2
@@ -159,12 +157,12 @@ def test_encoders():
     assert_close(linear(jnp.float32(x)), affine(linear.proj, x), FORWARD["float32"])
     patches = models.PatchEncoder(models.Features(3, 6), 5, patch=2, rngs=nnx.Rngs(0))
     assert_close(patches(jnp.float32(x)), affine(patches.proj, x.reshape(2, 3, 6)), FORWARD["float32"])
-    with pytest.raises(ValueError, match="patch = 4 .* 6"):
+    with pytest.raises(ValueError, match=r"patch = 4 .* 6"):
         models.PatchEncoder(models.Features(3, 6), 5, patch=4, rngs=nnx.Rngs(0))
     tokens = models.TokenEmbedding(models.Tokens(11, 8), 5, rngs=nnx.Rngs(0))
     assert np.isnan(np.asarray(tokens(jnp.asarray([[3, 11]])))[0, 1]).all()
 
 
 def test_depth_must_be_a_multiple_of_the_pattern():
-    with pytest.raises(ValueError, match="depth = 3 .* 2 mixers"):
+    with pytest.raises(ValueError, match=r"depth = 3 .* 2 mixers"):
         make(depth=3, mixers=(Decay, Decay))

@@ -63,9 +63,7 @@ def abstract(state: Any) -> Any:
 
 def open_(directory: Path, like: Any = None, metadata: dict[str, Any] = RUN, **settings: Any) -> Checkpoints:
     settings = {"metric": "accuracy", "larger_is_better": True} | settings
-    return Checkpoints(
-        directory, abstract(make_state(0) if like is None else like), metadata=metadata, **settings
-    )
+    return Checkpoints(directory, abstract(make_state(0) if like is None else like), metadata=metadata, **settings)
 
 
 def assert_same(actual: Any, expected: Any) -> None:
@@ -84,9 +82,7 @@ def test_latest_and_best_are_kept(tmp_path):
         with pytest.raises(FileNotFoundError, match="no checkpoint with validation scores"):
             checkpoints.restore_best()
         for step, score in scores.items():
-            checkpoints.save(
-                step, make_state(step), scores=None if score is None else {"accuracy": score, "loss": 1}
-            )
+            checkpoints.save(step, make_state(step), scores=None if score is None else {"accuracy": score, "loss": 1})
     assert sorted(os.listdir(tmp_path / "c")) == ["24", "24.json", "28", "28.json", "8", "8.json"]
     with open_(tmp_path / "c", writable=False) as checkpoints:
         assert checkpoints.steps == [8, 24, 28]
@@ -121,9 +117,7 @@ def test_smaller_can_be_better_and_a_saved_step_only_takes_scores(tmp_path):
 def test_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 - 1, state), donate_argnums=0)
     place = NamedSharding(mesh(4), P("data"))
-    big = lambda step: {
-        f"w{i}": jax.device_put(np.full((512, 512), step + i, np.float32), place) for i in range(4)
-    }
+    big = lambda step: {f"w{i}": jax.device_put(np.full((512, 512), step + i, np.float32), place) for i in range(4)}
     with open_(tmp_path, like=big(0)) as checkpoints:
         for step in (1, 2):
             state = big(step)
@@ -230,9 +224,7 @@ def two_checkpoints(tmp_path_factory):
     return directory
 
 
-@pytest.mark.filterwarnings(
-    "ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     "damage",
     [truncate, flip_a_bit, *(pytest.param(f, marks=pytest.mark.full) for f in (Path.unlink, garble))],
@@ -297,9 +289,7 @@ def test_nothing_readable_is_an_error_and_not_a_fresh_start(two_checkpoints, tmp
 
 def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        OSError, match=r"checkpoints cannot be written here .* name another --run_dir.*file/c"
-    ):
+    with pytest.raises(OSError, match=r"checkpoints cannot be written here .* name another --run_dir.*file/c"):
         open_(tmp_path / "file" / "c")
     with pytest.raises(FileNotFoundError, match="no checkpoints"):
         open_(tmp_path / "absent", writable=False)
@@ -311,9 +301,7 @@ def test_a_failed_save_is_told_at_the_next_call(tmp_path, monkeypatch):
     with open_(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(1), wait=True)
         # The disk is full: Orbax's write ends in an error, in the background.
-        full = type(
-            "Promise", (), {"result": lambda self: (_ for _ in ()).throw(OSError(28, "No space left"))}
-        )()
+        full = type("Promise", (), {"result": lambda self: (_ for _ in ()).throw(OSError(28, "No space left"))})()
         monkeypatch.setattr(checkpoint.ocp, "save_async", lambda *a, **k: full)
         checkpoints.save(2, make_state(2))
         with pytest.raises(OSError, match=f"{tmp_path}/2 could not be written: OSError: .*No space left"):
@@ -399,9 +387,7 @@ def test_killed_at_any_moment_loses_only_what_came_after_the_last_save(tmp_path,
     with pytest.warns(RuntimeWarning, match=f"half-written checkpoint passed over: {tmp_path}/99."):
         checkpoints = Checkpoints(tmp_path, abstract(like), metadata={}, metric="m", larger_is_better=True)
     with checkpoints:
-        assert sorted(os.listdir(tmp_path)) == sorted(
-            f"{s}{e}" for s in checkpoints.steps for e in ("", ".json")
-        )
+        assert sorted(os.listdir(tmp_path)) == sorted(f"{s}{e}" for s in checkpoints.steps for e in ("", ".json"))
         for step in checkpoints.steps:
             state = checkpoints.restore(step)
             assert int(state["step"]) == step

@@ -33,12 +33,7 @@ def lines(folder):
 def seen(folder):
     """(step, name, value) of everything that does not measure time."""
     timed = ("ms/", "time", "steps_per_s", "tokens_per_s")
-    return [
-        (r["step"], k, v)
-        for r in lines(folder)
-        for k, v in r.items()
-        if k != "step" and not k.startswith(timed)
-    ]
+    return [(r["step"], k, v) for r in lines(folder) for k, v in r.items() if k != "step" and not k.startswith(timed)]
 
 
 def train(log, steps):

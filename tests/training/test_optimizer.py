@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from longwave.training import optimizer
 from longwave.training.optimizer import AdamW, Plateau, initial_plateau, warmup_cosine
-
 from tests.tolerances import FORWARD, assert_close
 
 ROLES = {"dt": "dt", "kernel": "weight", "scale": "norm", "C": "C"}
@@ -64,10 +64,7 @@ def test_clipping_is_by_the_global_norm_before_adam():
 def test_warmup_cosine_is_linear_then_half_a_cosine():
     schedule = warmup_cosine(steps=110, warmup=10, final=0.1)
     for step in (0, 5, 10, 35, 60, 85, 110, 200):
-        if step < 10:
-            expected = step / 10
-        else:
-            expected = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * min((step - 10) / 100, 1)))
+        expected = step / 10 if step < 10 else 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * min((step - 10) / 100, 1)))
         assert abs(float(schedule(jnp.int32(step))) - expected) < 1e-6, step
 
 
@@ -85,5 +82,5 @@ def test_plateau_drops_after_more_than_patience_stale_evaluations():
 def test_unknown_roles_and_bad_schedules_are_named():
     with pytest.raises(ValueError, match=r"groups names \['dtt'\].*dt"):
         AdamW(lr=0.1, groups={"dtt": (None, 0.0)})
-    with pytest.raises(ValueError, match="warmup = 10 .* steps = 5"):
+    with pytest.raises(ValueError, match=r"warmup = 10 .* steps = 5"):
         optimizer.warmup_cosine(steps=5, warmup=10)

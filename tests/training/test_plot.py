@@ -19,19 +19,13 @@ def write(folder, lines):
 def figures(monkeypatch):
     """The figures that `curve` makes."""
     made = []
-    monkeypatch.setattr(
-        plot, "Figure", lambda *a, _make=plot.Figure, **k: made.append(_make(*a, **k)) or made[-1]
-    )
+    monkeypatch.setattr(plot, "Figure", lambda *a, _make=plot.Figure, **k: made.append(_make(*a, **k)) or made[-1])
     return made
 
 
 def drawn(axes):
     """label -> (x, y) of the labelled lines."""
-    return {
-        line.get_label(): np.array(line.get_data()).tolist()
-        for line in axes.lines
-        if line.get_label()[0] != "_"
-    }
+    return {line.get_label(): np.array(line.get_data()).tolist() for line in axes.lines if line.get_label()[0] != "_"}
 
 
 def test_curve(tmp_path, figures):

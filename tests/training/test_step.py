@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from longwave import models
 from longwave.kernels.partition import Axes
 from longwave.layers.mixer import Context
@@ -17,7 +18,6 @@ from longwave.training.program import build
 from longwave.training.run import Run
 from longwave.training.state import paths
 from longwave.training.task import Sums
-
 from tests.models.decay import Decay
 from tests.tolerances import GRADIENT, OTHER_MESH, assert_close
 
@@ -83,9 +83,7 @@ def noisy_backbone(inputs, *, rngs):
 
 def make_run(**changes):
     optimizer = AdamW(lr=0.01, weight_decay=0.05, schedule=warmup_constant(warmup=2))
-    run = Run(
-        task=Majority(), backbone=backbone, optimizer=optimizer, steps=10, batch_size=16, mesh={"data": 1}
-    )
+    run = Run(task=Majority(), backbone=backbone, optimizer=optimizer, steps=10, batch_size=16, mesh={"data": 1})
     return dataclasses.replace(run, **changes)
 
 
@@ -138,7 +136,7 @@ def test_another_mesh_gives_the_same_run(mesh):
 
 
 def test_parameters_are_split_as_the_rules_say():
-    program, state, _ = train(make_run(mesh={"fsdp": 4, "tensor": 2}), 1)
+    _program, state, _ = train(make_run(mesh={"fsdp": 4, "tensor": 2}), 1)
     up = state.params["backbone"]["layers"]["0"]["mlp"]["up"]["kernel"]
     assert up.sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
     assert up.addressable_shards[0].data.shape == (2, 16)
