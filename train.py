@@ -20,15 +20,16 @@ from etils import epath
 from longwave.configs import describe, loader
 from longwave.kernels import aot
 from longwave.training import distributed, report
-from longwave.training.checkpoint import Checkpoints
+from longwave.training.checkpoint import Checkpoints, DamagedCheckpoint
 from longwave.training.logger import Logger
 from longwave.training.preemption import RESUMABLE, Preemption
+from longwave.training.profiler import Profiler
 from longwave.training.program import Program, build
 from longwave.training.state import TrainState
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 finished, 75 stopped and saved (the same command goes on), 1 an error of the user."""
+    """Returns the exit code: 0 finished, 75 stopped and saved (the same command goes on from there)."""
     args = parse(argv)
     if args.compile_only:
         aot.environment()  # before anything loads libtpu
@@ -46,15 +47,12 @@ def main(argv: list[str]) -> int:
     if args.compile_only or args.dry_run:
         return compile_ahead(program, config.operative)
 
-    # Run folder: what was asked for, in full, before the first number.
+    # Folder: nothing in it is touched before it is known to be this run's.
     run_dir = epath.Path(args.evaluate or args.run_dir or default_run_dir(args.files))
+    data = distributed.on_all(lambda: dict(run.task.fingerprint()))[jax.process_index()]  # builds the data, once
+    distributed.check_agreement({"config": config.text, "data": json.dumps(data, sort_keys=True)})
     source = report.provenance(program, [Path(sys.argv[0]).name, *argv])
-    metadata = {
-        "config": config.text,
-        "data": dict(run.task.fingerprint()),
-        "chunk": program.model.chunk,
-        **source,
-    }
+    metadata = {"config": config.text, "data": data, "chunk": program.model.chunk, **source}
     checkpoints = Checkpoints(
         run_dir / "checkpoints",
         program.state,
@@ -65,21 +63,14 @@ def main(argv: list[str]) -> int:
     )
     with checkpoints, jax.set_mesh(program.mesh):
         if args.evaluate:
-            return finish(program, checkpoints, run_dir, source)
+            checkpoints.check_same_run()
+            return finish(program, checkpoints, run_dir)
 
         # State: the newest that can be read, else a new one.
         state = checkpoints.restore_latest()
         resumed = state is not None
         state = program.init(program.key()) if state is None else state
-        if distributed.is_main():
-            texts = {
-                "config.gin": config.text,
-                "operative.gin": config.operative,
-                "run.json": to_json(metadata),
-            }
-            for name, text in texts.items():
-                report.write(run_dir / name, text)
-            report.parameters(program)
+        distributed.on_main(lambda: describe_run(run_dir, program, config, metadata))
 
         # Loop.
         log = Logger(
@@ -97,11 +88,11 @@ def main(argv: list[str]) -> int:
             if resumed:
                 log.say(f"resumed at step {int(state.step):,}")
             state = train(program, state, checkpoints, log, preemption)
-        if int(state.step) < run.steps:
-            distributed.barrier("stopped")
-            print(f"stopped and saved at step {int(state.step):,}; the same command goes on from there")
-            return RESUMABLE
-        return finish(program, checkpoints, run_dir, source)
+            stopped = int(state.step) < run.steps
+            if stopped:
+                log.say(f"stopped and saved at step {int(state.step):,}; the same command goes on from there")
+        distributed.barrier("trained")
+        return RESUMABLE if stopped else finish(program, checkpoints, run_dir)
 
 
 def train(
@@ -112,39 +103,41 @@ def train(
     Order inside an iteration, fixed: stop? evaluate? save? next batch, step. A checkpoint is of the state between two
     steps, and knows whether it was evaluated; so a resumed run repeats nothing and leaves nothing out.
     """
-    run, task, key, n = program.run, program.run.task, program.key(), int(state.step)
-    host, hosts = jax.process_index(), jax.process_count()
-    stream = task.stream("train", batch_size=run.batch_size, seed=run.seed, step=n, host=host, hosts=hosts)
-    if n < run.steps:
-        log.say("compiling the step")
-    while True:
-        log.stopwatch.lap()
-        if n < run.steps and preemption.requested(n):
-            log.flush()
-            checkpoints.save(n, state, wait=True)
-            return state
+    run, key, n, batches = program.run, program.key(), int(state.step), None
+    with Profiler(run.profile, log.run_dir) as profiler:
+        while True:
+            log.stopwatch.lap()
+            last = n >= run.steps
+            if not last and preemption.requested(n):
+                log.sync()
+                checkpoints.save(n, state, wait=True)
+                return state
 
-        scores, last = None, n == run.steps
-        if n and (last or n % run.eval_every == 0) and int(state.evaluated) < n:
-            log.flush()
-            scores = program.evaluate(state, "valid")
-            state = program.evaluated(state, scores)
-            log.scalars(n, scores, split="valid")
+            scores = None
+            if n and (last or n % run.eval_every == 0) and int(state.evaluated) < n:
+                log.flush()
+                scores = program.evaluate(state, "valid")
+                state = program.evaluated(state, scores)
+                log.scalars(n, scores, split="valid")
 
-        if n and (last or n % run.save_every == 0 or (scores and improves(scores, checkpoints, task))):
-            log.flush()
-            checkpoints.save(n, state, scores=scores, wait=last)
-        if last:
-            return state
+            if n and (last or n % run.save_every == 0 or (scores and improves(scores, checkpoints, run.task))):
+                log.sync()
+                checkpoints.save(n, state, scores=scores, wait=last)
+            if last:
+                return state
 
-        with log.stopwatch("data"):
-            batch = program.global_batch(next(stream))
-        with log.stopwatch("dispatch"), profiled(run.profile, n, log.run_dir), jax.transfer_guard("disallow"):
-            state, metrics = program.train_step(state, batch, key)
-        n += 1
-        written = log.late(n, metrics)
-        if written and written["skipped_in_a_row"] >= run.max_bad_steps:
-            raise FloatingPointError(diagnosis(program, state, batch, key, n))
+            if batches is None:
+                log.say("compiling the step")
+                batches = program.stream("train", step=n)
+            with log.stopwatch("data"):
+                batch = program.global_batch(next(batches))
+            profiler.before(n, state)
+            with log.stopwatch("dispatch"), jax.transfer_guard("disallow"):
+                state, metrics = program.train_step(state, batch, key)
+            n += 1
+            written = log.late(n, metrics)
+            if written and written["skipped_in_a_row"] >= run.max_bad_steps:
+                raise FloatingPointError(diagnosis(program, state, batch, key, int(written["skipped_in_a_row"]), n))
 
 
 def improves(scores: dict[str, float], checkpoints: Checkpoints, task: Any) -> bool:
@@ -155,61 +148,47 @@ def improves(scores: dict[str, float], checkpoints: Checkpoints, task: Any) -> b
     return new > old if task.larger_is_better else new < old
 
 
-def finish(program: Program, checkpoints: Checkpoints, run_dir: epath.Path, source: dict[str, Any]) -> int:
+def finish(program: Program, checkpoints: Checkpoints, run_dir: epath.Path) -> int:
     """The best state by validation, on test once: result.json, curve.png, a row."""
     best = checkpoints.best()
     if best is None:
         raise FileNotFoundError(f"{run_dir} has no checkpoint with validation scores yet: nothing to evaluate")
     step, valid = best
     test = program.evaluate(checkpoints.restore_best(), "test")
-    if distributed.is_main():
-        result = report.finish(program, run_dir, step=step, valid=valid, test=test, source=source)
-        if next_steps := result["row"].get("next"):
-            print(next_steps)
-    distributed.barrier("finished")
+    distributed.on_main(lambda: report.finish(program, run_dir, step=step, valid=valid, test=test))
     return 0
 
 
 def compile_ahead(program: Program, operative: str) -> int:
     """Compiles the very step of the run, here or for a topology that is not here, and says what it takes."""
+    print(operative)
     report.parameters(program)
     key = jax.eval_shape(lambda: jax.random.key(0))
     result = aot.compile(
-        program.train_step,
-        program.state,
-        program.batch,
-        key,
-        mesh=program.mesh,
-        parameters=program.state.params,
+        program.train_step, program.state, program.batch, key, mesh=program.mesh, parameters=program.state.params
     )
-    print(f"{operative}\n{result.table()}")
+    print(result.table())
     return 0 if result.fits else 1
 
 
-def diagnosis(program: Program, state: TrainState, batch: Any, key: Any, step: int) -> str:
-    """Which parameters' gradients are not finite at the step where the run gives up."""
-    bad = [path for path, finite in jax.device_get(program.diagnosis(state, batch, key)).items() if not finite]
+def describe_run(run_dir: epath.Path, program: Program, config: loader.Config, metadata: dict[str, Any]) -> None:
+    """What was asked for, in full, before the first number."""
+    report.write(run_dir / "config.gin", config.text)
+    report.write(run_dir / "operative.gin", config.operative)
+    report.write(run_dir / "run.json", json.dumps(metadata, indent=2) + "\n")
+    report.parameters(program)
+
+
+def diagnosis(program: Program, state: TrainState, batch: Any, key: Any, count: int, step: int) -> str:
+    """Which parameters' gradients are not finite, on the batch at hand, when the run gives up."""
+    finite = jax.device_get(program.diagnosis(state, batch, key))
+    bad = [path for path, ok in finite.items() if not ok]
     named = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
     return (
-        f"{program.run.max_bad_steps} steps in a row had no finite loss or gradient, the last one step {step}; not "
-        f"finite on its batch: {named or 'the loss alone'}. A lower train.optimizer rate for the roles A, B and dt, "
-        "a warm-up or clipping helps; checkpoints hold the last finite state"
+        f"{count} steps in a row, up to about step {step}, had no finite loss, gradient or update and were skipped; "
+        f"gradients not finite on the last batch: {named or 'none, so it is the update'}. A lower rate for the roles "
+        "A, B and dt, a warm-up or clipping helps; checkpoints hold the last finite state"
     )
-
-
-class profiled:
-    """Traces steps first..last of `train.profile` into the run folder, for TensorBoard or xprof."""
-
-    def __init__(self, window: tuple[int, int] | None, step: int, run_dir: epath.Path):
-        self.window, self.step, self.run_dir = window, step, run_dir
-
-    def __enter__(self) -> None:
-        if self.window and self.step == self.window[0] and distributed.is_main():
-            jax.profiler.start_trace(str(self.run_dir / "profile"))
-
-    def __exit__(self, *exception: object) -> None:
-        if self.window and self.step == self.window[1] and distributed.is_main():
-            jax.profiler.stop_trace()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -225,16 +204,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--evaluate", metavar="RUN_DIR", help="evaluate the best checkpoint of a run again")
     parser.add_argument("--dry_run", action="store_true", help="parameters, roles, shardings, memory, FLOPs; no data")
     parser.add_argument(
-        "--compile_only",
-        metavar="TOPOLOGY",
-        help="compile the run's step for v5e:16x16 and the like, with no TPU",
+        "--compile_only", metavar="TOPOLOGY", help="compile the run's step for v5e:16x16 and the like, with no TPU"
     )
     parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="insist on a cluster (else it is joined where one is found)",
+        "--distributed", action="store_true", help="insist on a cluster (else it is joined where one is found)"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # overrides may follow flags
     args.files = [c for c in args.configs if "=" not in c]
     args.overrides = [c for c in args.configs if "=" in c]
     if bool(args.files) == bool(args.evaluate):
@@ -246,12 +221,21 @@ def default_run_dir(files: list[str]) -> str:
     return str(Path("runs") / "-".join(Path(file).stem for file in files))
 
 
-def to_json(value: Any) -> str:
-    return json.dumps(value, indent=2) + "\n"
+def is_for_the_user(error: Exception) -> bool:
+    """Whether the message alone is the answer: a missing file or package, or what our own code refused."""
+    if isinstance(error, OSError | ImportError | FloatingPointError | DamagedCheckpoint):
+        return True
+    frame = error.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    raised_in = frame.tb_frame.f_globals.get("__name__", "") if frame else ""
+    return isinstance(error, ValueError) and raised_in.startswith("longwave.")
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except Exception as error:
+        if not is_for_the_user(error):
+            raise
         sys.exit(f"train.py: {error}")

@@ -8,6 +8,7 @@ Nothing here knows a mesh axis by name: `Axes` is built in `training/sharding.py
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,17 @@ class Axes:
     def spec(self, dims: str) -> P:
         """The PartitionSpec of an array whose dimensions are named by letters: b batch, h heads, t time, . none."""
         return P(*({"b": self.batch, "h": self.heads, "t": self.seq, ".": None}[d] for d in dims))
+
+    def for_heads(self, heads: int) -> Axes:
+        """These axes, without those of heads where they do not divide `heads`, which then stay whole."""
+        return self if heads % parts(self.heads) == 0 else dataclasses.replace(self, heads=None)
+
+
+def parts(names: Names) -> int:
+    """Into how many parts the ambient mesh (`jax.set_mesh`) splits a dimension over these axes."""
+    names = (names,) if isinstance(names, str) else names or ()
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def sharded(f: Callable[..., Any], axes: Axes, in_dims: Any, out_dims: Any) -> Callable[..., Any]:

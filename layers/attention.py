@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -66,7 +67,8 @@ class Attention(Mixer):
     bias:     of the four projections.
 
     Full attention needs a `capacity` for its carry. A longer call raises; a document that outgrows it gives
-    NaN from there on, and never wraps in silence. Computes in the dtype of x; softmax is float32.
+    NaN from there on, and never wraps in silence. Computes in the dtype of x, softmax in float32; the carry
+    holds k and v in the dtype of the parameters.
     """
 
     def __init__(
@@ -138,17 +140,19 @@ class Attention(Mixer):
             lost = at.position >= capacity
         # Padding and what has no slot may be NaN and must not touch the others, but 0 * NaN is NaN.
         x = jnp.where((lost | (at.segment < 0))[..., None], 0, x)
-        heads = lambda y: y.reshape(b, t, -1, self.head_dim)
+        heads = lambda y: rearrange(y, "b t (h d) -> b t h d", d=self.head_dim)
         q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
         if self.rope is not None:
             q, k = rope(q, at.position, base=self.rope), rope(k, at.position, base=self.rope)
         o = self._attend(q, k, v, carry, at, ctx)
-        y = self.out(o.reshape(b, t, -1))
+        y = self.out(rearrange(o, "b t h d -> b t (h d)"))
         y = jnp.where(lost[..., None], jnp.nan, y)
         y = jnp.where((at.segment < 0)[..., None], 0, y)
         if not self.causal:
             return Out(y, (), {})
-        return Out(y, self._write(self._empty(b, t, k.dtype) if carry is None else carry, k, v, at), {})
+        return Out(
+            y, self._write(self._empty(b, t, self.k.kernel[...].dtype) if carry is None else carry, k, v, at), {}
+        )
 
     def _attend(self, q: Array, k: Array, v: Array, carry: Carry | None, at: Places, ctx: Context) -> Array:
         """Attention over the tokens of this call, and over the carried slots where there are any."""

@@ -13,6 +13,8 @@ def dropout(
 
     tied: one mask for all time steps of a row, as S4 trains (Dropout1d / variational dropout).
     """
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"dropout = {rate}: expected at least 0 and less than 1")
     if key is None or rate == 0.0:
         return x
     shape = (x.shape[0], 1, x.shape[2]) if tied else x.shape

@@ -114,10 +114,10 @@ def parameter_roles(model: nnx.Module) -> dict[str, str]:
 
 
 def float32_parameters(model: nnx.Module) -> frozenset[str]:
-    """Paths of the parameters that stay float32 when the rest computes in bfloat16."""
-    return frozenset(
-        "/".join(map(str, (*prefix, name)))
-        for prefix, module in nnx.iter_modules(model)
-        for name in getattr(module, "keep_float32", ())
-        if isinstance(getattr(module, name, None), nnx.Param)
-    )
+    """Paths of the parameters that stay float32 when the rest computes in bfloat16: what modules name in their
+    `keep_float32`, by the parameter's name or its path from the module."""
+    join = lambda prefix, name: "/".join(map(str, (*prefix, name)))
+    modules = list(nnx.iter_modules(model))
+    named = {join(prefix, name) for prefix, module in modules for name in getattr(module, "keep_float32", ())}
+    there = {join(p, name) for p, m in modules for name, value in vars(m).items() if isinstance(value, nnx.Param)}
+    return frozenset(named & there)

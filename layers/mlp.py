@@ -34,7 +34,7 @@ class MLP(nnx.Module):
         self.up, self.down = linear(width, hidden, rngs=rngs), linear(hidden, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"], key: Array | None = None) -> Float[Array, "b t d"]:
-        return self.down(dropout(self.activation(self.up(x)), self.rate, key))
+        return self.down(dropout(self.activation(self.up(x)), self.rate, key, tied=False))
 
 
 class GLU(nnx.Module):
@@ -55,4 +55,4 @@ class GLU(nnx.Module):
         self.down = linear(hidden, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"], key: Array | None = None) -> Float[Array, "b t d"]:
-        return self.down(dropout(self.activation(self.gate(x)) * self.up(x), self.rate, key))
+        return self.down(dropout(self.activation(self.gate(x)) * self.up(x), self.rate, key, tied=False))

@@ -18,13 +18,13 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from longwave.kernels.partition import Axes
-from longwave.lra.classification import classification_loss
 from longwave.lra.listops_data import baselines
 from longwave.lra.listops_data.builder import Generated, ListOpsBuilder, Official, prepare, read_split
 from longwave.lra.listops_data.generator import Distribution
 from longwave.lra.listops_data.grammar import EOS, PAD, VOCAB, Rows
 from longwave.models import heads
 from longwave.models.inputs import Tokens
+from longwave.training.classification import classification_loss
 from longwave.training.pipeline import evaluation_batches, train_batches
 from longwave.training.task import Batch, Sums
 
@@ -37,11 +37,12 @@ _SPLITS = ("train", "valid", "test")
 class ListOps:
     """The task. The defaults are Long Range Arena's: more than 500 and fewer than 2,000 tokens.
 
-    source:     "generated", or the folder of the official basic_{train,val,test}.tsv. max_length: the
-    padded length, with <eos>. Longer rows of official files are cut, counted and reported. min_tokens,
-    max_tokens, seed, sizes: of generated data. Lengths lie strictly between the first two; sizes are
-                the rows of train, valid, test.
-    data_dir:   where data is built and found again; None: the variable LONGWAVE_DATA, else ~/.cache/longwave.
+    source:     "generated", or the folder of the official basic_{train,val,test}.tsv.
+    max_length: the padded length, with <eos>. Longer rows of official files are cut, counted and reported.
+    min_tokens, max_tokens, seed, sizes: of generated data. Lengths lie strictly between the first two; sizes are the
+                rows of train, valid, test.
+    data_dir:   where data is built and found again, on a local or shared file system; None: the variable
+                LONGWAVE_DATA, else ~/.cache/longwave.
     processes:  that generate; None: one a core. Changes the time, not the data.
     pooling:    over time, before the classifier.
     """
@@ -79,6 +80,15 @@ class ListOps:
         return "listops" if is_lra and self.max_length >= _LRA.max_tokens else f"listops-{self.max_length}"
 
     @property
+    def advice(self) -> str:
+        if self.name == "listops":
+            return ""
+        return (
+            f"This was {self.name.replace('listops', 'ListOps')}, not Long Range Arena. The real one (2,048 tokens): "
+            "uv run train.py configs/lra/listops.gin configs/models/s4d.gin"
+        )
+
+    @property
     def inputs(self) -> Tokens:
         return Tokens(vocab=VOCAB, length=self.max_length)
 
@@ -98,14 +108,14 @@ class ListOps:
         }
 
     def stream(
-        self, split: str, *, batch_size: int, seed: int = 0, step: int = 0, host: int = 0, hosts: int = 1
+        self, split: str, *, batch_size: int, seed: int = 0, step: int = 0, rows: Sequence[int] | None = None
     ) -> Iterator[Batch]:
         if split not in _SPLITS:
             raise ValueError(f"split = {split!r}: ListOps has {', '.join(_SPLITS)}")
-        rows, collate = self._rows[split], functools.partial(_pad, max_length=self.max_length)
+        source, collate = self._rows[split], functools.partial(_pad, max_length=self.max_length)
         if split == "train":
-            return train_batches(rows, collate, batch_size=batch_size, seed=seed, step=step, host=host, hosts=hosts)
-        return evaluation_batches(rows, collate, batch_size=batch_size, step=step, host=host, hosts=hosts)
+            return train_batches(source, collate, batch_size=batch_size, seed=seed, step=step, rows=rows)
+        return evaluation_batches(source, collate, batch_size=batch_size, step=step, rows=rows)
 
     def head(self, backbone: nnx.Module, *, rngs: nnx.Rngs) -> nnx.Module:
         return heads.Classifier(backbone, classes=10, pooling=self.pooling, rngs=rngs)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from longwave.layers.dropout import dropout
 from longwave.layers.mixer import Carry, Context, Mixer, Out
@@ -29,7 +29,7 @@ SCAN_FROM_DEPTH = 8  # below this, unrolled layers compile as fast and leave XLA
 
 
 class Block(nnx.Module):
-    """One layer: a mixer and, if given, a position-wise network, each with norm, tied dropout and residual."""
+    """One layer: a mixer and, if given, a position-wise network, each with norm, dropout and residual."""
 
     def __init__(
         self,
@@ -40,9 +40,10 @@ class Block(nnx.Module):
         norm: Callable[..., nnx.Module],
         prenorm: bool,
         dropout: float,
+        tie_dropout: bool,
         rngs: nnx.Rngs,
     ):
-        self.prenorm, self.rate = prenorm, dropout
+        self.prenorm, self.rate, self.tied = prenorm, dropout, tie_dropout
         self.norm, self.mixer = norm(width, rngs=rngs), mixer(width, rngs=rngs)
         if mlp is not None:
             self.mlp_norm, self.mlp = norm(width, rngs=rngs), mlp(width, rngs=rngs)
@@ -77,24 +78,26 @@ class Block(nnx.Module):
         train: bool,
     ) -> Array:
         if self.prenorm:
-            return x + dropout(f(norm(x, ctx.valid, train)), self.rate, key)
-        return norm(x + dropout(f(x), self.rate, key), ctx.valid, train)
+            return x + dropout(f(norm(x, ctx.valid, train)), self.rate, key, tied=self.tied)
+        return norm(x + dropout(f(x), self.rate, key, tied=self.tied), ctx.valid, train)
 
 
 class BackboneOut(NamedTuple):
-    """y (b, t, width); one carry a layer; one dict of side outputs a layer."""
+    """y (b, t, width), with t and `valid` as the encoder left them; one carry and one dict of side outputs a layer."""
 
     y: Float[Array, "b t d"]
     carry: Carry
     aux: tuple[dict[str, Any], ...]
+    valid: Bool[Array, "b t"] | None
 
 
 class Backbone(nnx.Module):
-    """Encoder, `depth` blocks, final norm (prenorm only): inputs -> BackboneOut(y (b, t, width), carry, aux).
+    """Encoder, `depth` blocks, final norm (prenorm only): inputs -> BackboneOut(y (b, t, width), carry, aux, valid).
 
     inputs: what the encoder reads.
     mixers: constructors, repeated over the depth: (S4D, S4D, Attention) makes every third layer attention.
-    mlp, norm: constructors.      dropout: of the residual branches, tied in time.
+    mlp, norm: constructors.
+    dropout: of the residual branches; tie_dropout: one mask for all time steps, as the S4 lineage trains.
     encoder: constructor (inputs, width, rngs=...).     cls_token: a learned vector before the first valid token.
     scan: run repeats of the pattern by `lax.scan` over stacked parameters; None: from 8 layers on. Not for mixers that
         read lower layers.      remat: keep only block inputs for the backward pass.
@@ -114,6 +117,7 @@ class Backbone(nnx.Module):
         norm: Callable[..., nnx.Module] = LayerNorm,
         prenorm: bool = True,
         dropout: float = 0.0,
+        tie_dropout: bool = True,
         encoder: Callable[..., nnx.Module] = encoder_for,
         cls_token: bool = False,
         scan: bool | None = None,
@@ -138,6 +142,7 @@ class Backbone(nnx.Module):
                 norm=norm,
                 prenorm=prenorm,
                 dropout=dropout,
+                tie_dropout=tie_dropout,
                 rngs=nnx.Rngs(params=key),
             )
 
@@ -161,14 +166,18 @@ class Backbone(nnx.Module):
         self, inputs: Array, carry: Carry | None = None, ctx: Context = Context(), train: bool = False
     ) -> BackboneOut:
         x = self.encoder(inputs, ctx.axes)
+        if x.shape[1] != inputs.shape[1]:
+            ctx = _patched(x, inputs, ctx)
         if hasattr(self, "cls"):
+            if carry is not None or ctx.reset is not None:
+                raise ValueError("Backbone.cls_token: one token a sequence has no meaning with a carry or with resets")
             x, ctx = _prepend(self.cls[...], x, ctx)
         x = _constrain(x, ctx)
         run = self._scanned if self.scan else self._unrolled
         x, carry, aux = run(x, carry, ctx, train)
         if self.norm is not None:
             x = self.norm(x, ctx.valid, train)
-        return BackboneOut(x, carry, aux)
+        return BackboneOut(x, carry, aux, ctx.valid)
 
     def _unrolled(self, x: Array, carry: Carry | None, ctx: Context, train: bool) -> tuple[Array, Carry, tuple]:
         keys = [None] * self.depth if ctx.key is None else list(jax.random.split(ctx.key, self.depth))
@@ -223,10 +232,17 @@ def _constrain(x: Array, ctx: Context) -> Array:
     return jax.lax.with_sharding_constraint(x, ctx.axes.spec("bt.")) if ctx.axes else x
 
 
+def _patched(x: Array, inputs: Array, ctx: Context) -> Context:
+    """The context of an encoder that made one step of several."""
+    if ctx.reset is not None:
+        raise ValueError(f"the encoder turns {inputs.shape[1]} steps into {x.shape[1]}: resets are lost between them")
+    if ctx.valid is None:
+        return ctx
+    return dataclasses.replace(ctx, valid=ctx.valid.reshape(x.shape[0], x.shape[1], -1).any(-1))
+
+
 def _prepend(token: Array, x: Array, ctx: Context) -> tuple[Array, Context]:
     """Inserts `token` before the first valid token of every row; the sequence becomes one longer."""
-    if ctx.reset is not None:
-        raise ValueError("Backbone.cls_token: a summary token per row has no meaning in packed documents (reset given)")
     token = jnp.broadcast_to(token.astype(x.dtype)[None, None], (x.shape[0], 1, x.shape[2]))
     if ctx.valid is None:
         return jnp.concatenate([token, x], axis=1), ctx

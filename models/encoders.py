@@ -24,7 +24,7 @@ class TokenEmbedding(nnx.Module):
         table = self.embedding[...]
         if axes:  # a look-up in a table split over devices would make XLA gather the activations instead
             table = jax.lax.with_sharding_constraint(table, axes.spec(".."))
-        return table.at[ids].get(mode="fill", fill_value=jnp.nan)
+        return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 class LinearEncoder(nnx.Module):
@@ -34,13 +34,13 @@ class LinearEncoder(nnx.Module):
         self.proj = linear(inputs.channels, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"], axes: Axes = Axes()) -> Float[Array, "b t d"]:
-        return self.proj(x)
+        return self.proj(x.astype(self.proj.kernel[...].dtype))
 
 
 class PatchEncoder(nnx.Module):
     """An affine map of `patch` successive time steps to one: (b, t, c) -> (b, t / patch, width).
 
-    For inputs without padding: the validity of single steps has no meaning after it.
+    A patch is valid if any of its steps is.
     """
 
     def __init__(self, inputs: Features, width: int, *, patch: int, rngs: nnx.Rngs):
@@ -50,7 +50,8 @@ class PatchEncoder(nnx.Module):
         self.proj = linear(inputs.channels * patch, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"], axes: Axes = Axes()) -> Float[Array, "b s d"]:
-        return self.proj(x.reshape(x.shape[0], -1, self.patch * x.shape[2]))
+        x = x.reshape(x.shape[0], -1, self.patch * x.shape[2])
+        return self.proj(x.astype(self.proj.kernel[...].dtype))
 
 
 def encoder_for(inputs: Inputs, width: int, *, rngs: nnx.Rngs) -> nnx.Module:

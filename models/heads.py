@@ -39,7 +39,9 @@ def cls(x: Float[Array, "b t d"], valid: Bool[Array, "b t"] | None) -> Float[Arr
 
 
 class Classifier(nnx.Module):
-    """Backbone, pooling, affine map to `classes` logits in float32 (classes = 1 serves regression)."""
+    """Backbone, pooling, affine map to `classes` logits; the last two in float32 (classes = 1 serves regression)."""
+
+    keep_float32 = frozenset({"out/kernel", "out/bias"})
 
     def __init__(self, backbone: nnx.Module, *, classes: int, pooling: Pooling = mean, rngs: nnx.Rngs):
         if hasattr(backbone, "cls") != (pooling is cls):
@@ -55,6 +57,5 @@ class Classifier(nnx.Module):
         self, inputs: Array, ctx: Context = Context(), train: bool = False
     ) -> tuple[Float[Array, "b classes"], tuple]:
         """The logits and the mixers' side outputs."""
-        y, _, aux = self.backbone(inputs, None, ctx, train)
-        logits = self.out(self.pooling(y, ctx.valid).astype(y.dtype))
-        return logits.astype(jnp.float32), aux
+        y, _, aux, valid = self.backbone(inputs, None, ctx, train)
+        return self.out(self.pooling(y, valid)), aux

@@ -21,7 +21,7 @@ INTERFACES = (
 )
 
 # What a task is made of: a head, and batches in the loop's order.
-TASKS = (*INTERFACES, "longwave.models.heads", "longwave.training.pipeline")
+TASKS = (*INTERFACES, "longwave.models.heads", "longwave.training.classification", "longwave.training.pipeline")
 
 # Room -> what of Longwave it may import: packages with all that is in them, or single modules.
 INSIDE = {

@@ -8,7 +8,7 @@
 The record is written before the state, and restoring computes the fingerprints again: a checkpoint is good if
 and only if what is read is what was saved. Any mesh and any number of processes reads what another wrote,
 because the abstract state says where each array goes. Every process calls every method; the main one decides
-for all.
+for all, and what fails on one is raised on all.
 
 This file alone knows Orbax.
 """
@@ -19,9 +19,10 @@ import contextlib
 import json
 import logging
 import math
+import os
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -74,22 +75,28 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep = {keep}: expected at least 1")
         self.directory = epath.Path(directory)
+        if "://" not in os.fspath(directory):  # Orbax takes no relative path
+            self.directory = epath.Path(os.path.abspath(directory))
         self._abstract = abstract_state
         self._metadata = json.loads(json.dumps(metadata))  # as it will be read back: tuples become lists
         self._metric, self._sign, self._keep = metric, 1 if larger_is_better else -1, keep
         self._writable = writable
         self._pending: tuple[int, Any] | None = None  # step being written, and Orbax's promise of it
-        if writable and distributed.is_main():
-            _make_writable(self.directory)
-            _remove_leftovers(self.directory)
-        records = distributed.from_main(_read_records(self.directory) if distributed.is_main() else None)
+        records = distributed.on_main(lambda: _open(self.directory, writable))
         self._records: dict[int, dict[str, Any] | None] = {int(step): record for step, record in records.items()}
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.wait()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.wait()
+        elif self._pending:  # the others may never come here, so this process finishes its part alone
+            step, promise = self._pending
+            try:
+                promise.result()
+            except Exception as failure:
+                warnings.warn(self._failed(step, failure), RuntimeWarning, stacklevel=2)
 
     @property
     def steps(self) -> list[int]:
@@ -106,6 +113,7 @@ class Checkpoints:
             raise ValueError(f"{self.directory} was opened with writable=False")
         if scores is not None and self._metric not in scores:
             raise KeyError(f"scores lack {self._metric!r}, which chooses the best; they have {sorted(scores)}")
+        jax.block_until_ready(state)  # the processes agree on nothing while a step's collectives are under way
         self.wait()
         scores = {name: float(value) for name, value in scores.items()} if scores else None
         if record := self._records.get(step):
@@ -116,8 +124,11 @@ class Checkpoints:
             exists = step in self._records
             self._records[step] = {"run": self._metadata, "arrays": describe(state), "scores": scores}
             self._write_record(step)
-            with self._write_errors(step):
+
+            def begin() -> None:
                 self._pending = step, ocp.save_async(self.directory / str(step), state, overwrite=exists)
+
+            self._write(step, begin, distributed.on_all)
         if wait:
             self.wait()
 
@@ -126,18 +137,16 @@ class Checkpoints:
         if self._pending is None:
             return
         step, promise = self._pending
-        with self._write_errors(step):
-            promise.result()
+        self._write(step, promise.result, distributed.on_all)
         self._pending = None
         kept = {*self.steps[-self._keep :], self._best_step()}
-        for old in [step for step in self.steps if step not in kept]:
-            del self._records[old]
-            if distributed.is_main():
-                self._record_path(old).rename(self.directory / f"{old}.removed")
-                _finish_removal(self.directory, old)
+        if old := [step for step in self.steps if step not in kept]:
+            distributed.on_main(lambda: self._remove(old))
+            for step in old:
+                del self._records[step]
 
     def best(self) -> tuple[int, dict[str, float]] | None:
-        """(step, scores) of the best checkpoint, the earliest of equals; None if none has scores."""
+        """(step, scores) of the best, written or being written, the earliest of equals; None if none has scores."""
         step = self._best_step()
         return None if step is None else (step, dict(self._scores(step)))
 
@@ -150,7 +159,8 @@ class Checkpoints:
             f"{self.directory} holds another run (- stored there, + this command):\n  "
             + "\n  ".join(lines)
             + "\nName another --run_dir for this run, or undo the changes to go on with the stored one. "
-            + f"Within a run only these may change: {', '.join(sorted(differences.MAY_DIFFER))}."
+            + f"Within a run only these may change: {', '.join(differences.MAY_DIFFER)} (train.eval_every: only "
+            + "without a plateau)."
         )
 
     def restore_latest(self) -> Any | None:
@@ -170,7 +180,7 @@ class Checkpoints:
                 damaged[step] = error
                 continue
             if damaged and self._writable:
-                self._set_aside(damaged)
+                self._set_aside(list(damaged))
             return state
         if damaged:
             raise DamagedCheckpoint(
@@ -182,6 +192,7 @@ class Checkpoints:
 
     def restore_best(self) -> Any:
         """The state of `best()`. Raises FileNotFoundError if no checkpoint has scores, else as `restore`."""
+        self.wait()
         if (step := self._best_step()) is None:
             raise FileNotFoundError(f"no checkpoint with validation scores in {self.directory} (steps: {self.steps})")
         return self.restore(step)
@@ -223,23 +234,21 @@ class Checkpoints:
         alone.multiprocessing.primary_host = index
         alone.multiprocessing.active_processes = {index}
         alone.multiprocessing.barrier_sync_key_prefix = f"process{index}"
-        reason = None
-        try:
+
+        def check() -> None:
             with _damage(path), alone:
                 read = jax.tree.leaves(ocp.load(path, jax.tree.unflatten(structure, share)))
             names = differences.leaf_paths(self._abstract)
             mine = {name: x for name, x in zip(names, read, strict=True) if x is not ocp.PLACEHOLDER}
             _compare(path, {name: saved[name] for name in mine}, describe(mine))
-        except DamagedCheckpoint as error:
-            reason = str(error)
-        if reasons := [reason for reason in distributed.from_all(reason) if reason]:
-            raise DamagedCheckpoint(reasons[0])
+
+        distributed.on_all(check)
 
     def _scores(self, step: int) -> dict[str, float]:
         return (self._records[step] or {}).get("scores") or {}
 
     def _best_step(self) -> int | None:
-        values = {step: self._sign * self._scores(step).get(self._metric, math.nan) for step in self.steps}
+        values = {step: self._sign * self._scores(step).get(self._metric, math.nan) for step in sorted(self._records)}
         ranked = [step for step, value in values.items() if not math.isnan(value)]
         return max(ranked, key=values.__getitem__, default=None)
 
@@ -247,32 +256,51 @@ class Checkpoints:
         return self.directory / f"{step}.json"
 
     def _write_record(self, step: int) -> None:
-        if distributed.is_main():
-            draft = self.directory / f"{step}.json.draft"
-            with self._write_errors(step):
-                record = self._records[step]
-                draft.write_text(json.dumps({"record": record, "crc32": _crc32(record)}))
-                draft.replace(self._record_path(step))
+        record = self._records[step]
 
-    @contextlib.contextmanager
-    def _write_errors(self, step: int) -> Iterator[None]:
+        def write() -> None:
+            draft = self.directory / f"{step}.json.draft"
+            draft.write_text(json.dumps({"record": record, "crc32": _crc32(record)}))
+            draft.replace(self._record_path(step))
+
+        self._write(step, write, distributed.on_main)
+
+    def _write(self, step: int, write: Callable[[], None], where: Callable[[Callable[[], None]], Any]) -> None:
+        """`write` on the main process or on all of them; if it fails, all forget the step and raise OSError."""
+
+        def named() -> None:
+            try:
+                write()
+            except Exception as error:
+                raise OSError(self._failed(step, error)) from error
+
         try:
-            yield
-        except Exception as error:
+            where(named)
+        except OSError:
             self._pending = None
             self._records.pop(step, None)
-            raise OSError(f"{self.directory / str(step)} could not be written: {_first_cause(error)}") from error
+            raise
 
-    def _set_aside(self, steps: Iterable[int]) -> None:
+    def _failed(self, step: int, error: Exception) -> str:
+        return f"{self.directory / str(step)} could not be written: {_first_cause(error)}"
+
+    def _remove(self, steps: Sequence[int]) -> None:
         for step in steps:
-            del self._records[step]
-            if distributed.is_main():
+            self._record_path(step).rename(self.directory / f"{step}.removed")
+            _finish_removal(self.directory, step)
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        def move() -> None:
+            for step in steps:
                 aside = self.directory / f"{step}.damaged"
                 if aside.exists():
                     aside.rmtree()
                 (self.directory / str(step)).rename(aside)
                 self._record_path(step).unlink(missing_ok=True)
-        distributed.barrier("damaged checkpoints set aside")
+
+        distributed.on_main(move)
+        for step in steps:
+            del self._records[step]
 
 
 def _compare(path: epath.Path, saved: Mapping[str, ArrayRecord], found: Mapping[str, ArrayRecord]) -> None:
@@ -287,6 +315,13 @@ def _on_this_host(x: jax.ShapeDtypeStruct) -> Any:
             x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         )
     return np.empty(x.shape, x.dtype)
+
+
+def _open(directory: epath.Path, writable: bool) -> dict[int, dict[str, Any] | None]:
+    if writable:
+        _make_writable(directory)
+        _remove_leftovers(directory)
+    return _read_records(directory)
 
 
 def _make_writable(directory: epath.Path) -> None:
@@ -315,7 +350,7 @@ def _remove_leftovers(directory: epath.Path) -> None:
     """Removes what a killed process was writing, which was never a checkpoint, or was removing."""
     for path in list(directory.iterdir()):
         if ".orbax-checkpoint-tmp" in path.name:
-            warnings.warn(f"half-written checkpoint passed over: {path}", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"half-written checkpoint passed over: {path}", RuntimeWarning, stacklevel=2)
             path.rmtree()
         elif path.suffix == ".removed":
             _finish_removal(directory, int(path.stem))

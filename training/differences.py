@@ -7,31 +7,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 
-# Settings that a run may change between two starts: how long and where it runs and what it prints. Whatever
-# else the config says makes another function, another optimiser or another order of data, hence another run.
-MAY_DIFFER = frozenset(
-    f"train.{name}"
-    for name in (
-        "steps",
-        "mesh",
-        "accumulate",
-        "eval_every",
-        "save_every",
-        "log_every",
-        "max_bad_steps",
-        "profile",
-        "wandb_project",
-        "compiler_options",
-    )
+# Settings that a run may change between two starts: how long and where it runs, what it prints, and where its data
+# lies (which has a fingerprint of its own). Whatever else the config says makes another function, another optimiser or
+# another order of data, hence another run; `train.eval_every` does so where a plateau counts evaluations.
+MAY_DIFFER = (
+    "train.steps",
+    "train.mesh",
+    "train.eval_every",
+    "train.save_every",
+    "train.log_every",
+    "train.max_bad_steps",
+    "train.profile",
+    "train.wandb_project",
+    "train.compiler_options",
+    "*.data_dir",
+    "*.processes",
 )
 # Stored for the reader of a checkpoint; not part of what makes a run the same.
 INFORMATION = frozenset({"versions", "command", "git", "device", "mesh"})
 
 _BINDING = re.compile(r"^([\w./-]+)\s*=\s*(.*)$")
+_MACRO = re.compile(r"%([\w/]+)")
 _SHOWN = 12  # lines of one kind in a message; the rest is counted
 
 
@@ -65,12 +66,17 @@ def state_differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> 
 def run_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Lines that say how two runs' metadata differ, `MAY_DIFFER` and `INFORMATION` aside.
 
-    The entry "config" is gin text, compared binding by binding; all other entries are compared leaf by leaf.
+    The entry "config" is gin text, compared binding by binding with its macros put in; all other entries are
+    compared leaf by leaf.
     """
     before, now = _settings(saved), _settings(current)
+    plateau = any(name.endswith(".plateau") and value != "None" for name, value in (before | now).items())
+    counts = lambda name: (
+        (plateau and name == "train.eval_every") or not any(fnmatchcase(name, pattern) for pattern in MAY_DIFFER)
+    )
     lines = []
     for name in sorted(before.keys() | now.keys()):
-        if name not in MAY_DIFFER and before.get(name) != now.get(name):
+        if counts(name) and before.get(name) != now.get(name):
             lines += [f"- {name} = {before[name]}"] if name in before else []
             lines += [f"+ {name} = {now[name]}"] if name in now else []
     return lines
@@ -96,7 +102,14 @@ def bindings(config: str) -> dict[str, str]:
 
 def _settings(metadata: Mapping[str, Any]) -> dict[str, str]:
     rest = {key: value for key, value in metadata.items() if key != "config" and key not in INFORMATION}
-    return bindings(metadata.get("config", "")) | {path: repr(leaf) for path, leaf in _flatten(rest)}
+    return _expanded(bindings(metadata.get("config", ""))) | {path: repr(leaf) for path, leaf in _flatten(rest)}
+
+
+def _expanded(found: Mapping[str, str]) -> dict[str, str]:
+    """The bindings of parameters, with the values of macros (whose names have no dot) in place of their names."""
+    macros = {name: value for name, value in found.items() if "." not in name}
+    expand = lambda value: _MACRO.sub(lambda m: expand(macros[m[1]]) if m[1] in macros else m[0], value)
+    return {name: expand(value) for name, value in found.items() if name not in macros}
 
 
 def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -1,13 +1,17 @@
 """Start of a run on one or many processes, and the few things that all of them must do together.
 
 The same command runs on a laptop and on every host of a pod. `start` comes before anything that touches a
-device.
+device. An error that one process meets alone would leave the others waiting for it: `on_main` and `on_all` raise it
+on every process.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -71,9 +75,56 @@ def from_all(value: Any) -> list[Any]:
     return [json.loads(np.asarray(row, np.uint8).tobytes()) for row in rows]
 
 
-def from_main(value: Any) -> Any:
-    """The main process's `value`, on every process; the others' is ignored."""
-    return from_all(value if is_main() else None)[0]
+def on_all(f: Callable[[], Any]) -> list[Any]:
+    """Runs f on every process; every process's value (as of `from_all`), on every process.
+
+    Where f fails on any, the first one's exception is raised on every process, with its type and text. Every
+    process must come here; alone, it is a call of f.
+    """
+    if jax.process_count() == 1:
+        return [f()]
+    failure: Exception | None = None
+    try:
+        mine = {"value": json.dumps(f())}
+    except Exception as error:
+        failure, mine = error, {"error": _packed(error)}
+    told = from_all(mine)
+    for index, other in enumerate(told):
+        if "error" in other:
+            mine_failed = failure is not None and index == jax.process_index()
+            raise failure if mine_failed else pickle.loads(bytes.fromhex(other["error"]))
+    return [json.loads(other["value"]) for other in told]
+
+
+def on_main(f: Callable[[], Any]) -> Any:
+    """Runs f on the main process alone; its value (anything that JSON can hold), or its exception, on every process.
+
+    Every process must come here, and leaves when f has ended. Alone, it is a call of f.
+    """
+    return on_all(lambda: f() if is_main() else None)[0]
+
+
+def check_agreement(what: Mapping[str, str]) -> None:
+    """Raises ValueError on every process unless all of them hold the same texts, such as the config."""
+    held = from_all({name: hashlib.blake2s(text.encode()).hexdigest() for name, text in what.items()})
+    wrong = []
+    for name in sorted({name for each in held for name in each}):
+        if others := [index for index, each in enumerate(held) if each.get(name) != held[0].get(name)]:
+            wrong.append(f"{name!r} on process {', '.join(map(str, others))} is not that of process 0")
+    if wrong:
+        raise ValueError(f"the {len(held)} processes of a run must be started alike: {'; '.join(wrong)}")
+
+
+def _packed(error: Exception) -> str:
+    """What another process makes the same error of; if its class does not allow that, one of the built-in base."""
+    try:
+        packed = pickle.dumps(error)
+        if str(pickle.loads(packed)) == str(error):
+            return packed.hex()
+    except Exception:  # from whatever the class does
+        pass
+    base = next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
+    return pickle.dumps(base(str(error))).hex()
 
 
 def _number(name: str) -> int | None:

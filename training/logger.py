@@ -13,7 +13,7 @@ import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from longwave.training import metrics
+from longwave.training import distributed, metrics
 from longwave.training.stopwatch import Stopwatch
 from longwave.training.terminal import Bar, Plain, Terminal, spelled
 
@@ -28,8 +28,12 @@ class Logger:
     batch_tokens: tokens of a global batch.      log_every: steps from one training line to the next.
     tty: draw a progress bar, or else print a line a log; None: find out.    wandb_project: also log there.
 
-    In the loop, `late` follows the dispatch of every step. `flush` before a checkpoint is saved: then no line
-    up to its step can be lost. `stopwatch` is the loop's; the logger adds its wait for the device ("wait").
+    In the loop, `late` follows the dispatch of every step. `flush` before an evaluation: it ends the time that counts
+    as training, which goes on after `scalars`. `sync` before a checkpoint is saved: then no line up to its step can be
+    lost. `stopwatch` is the loop's; the logger adds its wait for the device ("wait").
+
+    Every process makes one, and calls every method. What stops the main one from opening or syncing its files is
+    raised on all.
     """
 
     def __init__(
@@ -48,23 +52,26 @@ class Logger:
         self.run_dir = epath.Path(run_dir)
         self._total, self._every, self._batch_tokens = total_steps, log_every, batch_tokens
         self._pending: tuple[int, Mapping[str, Any]] | None = None
-        self._mark: tuple[int, float] | None = None  # step and time from which speed is measured
+        self._line = start  # step of the last training line, from which speed is measured
+        self._seconds = 0.0  # of training since then, up to the last evaluation
+        self._began: float | None = None  # when training began or went on after that; None before the first step
+        self._trained = 0.0  # when it was last known to go on
         self._sinks: list[Sink] = []
         self._terminal: Terminal | None = None
-        if not is_main:
-            return
-        run_dir = self.run_dir
+        distributed.on_main(lambda: self._open(start, tty, wandb_project) if is_main else None)
+
+    def _open(self, start: int, tty: bool | None, wandb_project: str | None) -> None:
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = metrics.MetricsFile(run_dir / metrics.NAME, start)
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = metrics.MetricsFile(self.run_dir / metrics.NAME, start)
         except OSError as e:
-            raise type(e)(f"cannot write to the run folder {run_dir} ({e}); choose another with --run_dir") from e
-        if metrics.is_local(run_dir):
-            self._sinks.append(TensorBoard(run_dir, start))
+            raise type(e)(f"cannot write to the run folder {self.run_dir} ({e}); choose another with --run_dir") from e
+        if metrics.is_local(self.run_dir):
+            self._sinks.append(TensorBoard(self.run_dir, start))
         if wandb_project is not None:
-            self._sinks.append(WeightsAndBiases(run_dir, wandb_project))
+            self._sinks.append(WeightsAndBiases(self.run_dir, wandb_project))
         tty = sys.stdout.isatty() if tty is None else tty
-        self._terminal = (Bar if tty else Plain)(start, total_steps)
+        self._terminal = (Bar if tty else Plain)(start, self._total)
 
     def late(self, step: int, values: Mapping[str, Any]) -> dict[str, float] | None:
         """The training values of `step`, which has just been dispatched: device arrays of shape ().
@@ -73,8 +80,8 @@ class Logger:
         `log_every` steps. Returns the values fetched in this call, which are those of the last such step.
         """
         written = self.flush()
-        if self._mark is None:  # compilation is over, this step has begun
-            self._mark = (step - 1, time.monotonic())
+        if self._began is None:  # compilation is over, this step has begun
+            self._line, self._began = step - 1, self._trained
         if step % self._every == 0 or step == self._total:
             self._pending = (step, values)
         if self._terminal:
@@ -83,27 +90,44 @@ class Logger:
 
     def flush(self) -> dict[str, float] | None:
         """Fetches and writes the training values that are still pending."""
-        if self._pending is None:
-            return None
-        step, values = self._pending
+        written = None if self._pending is None else self._write_pending(*self._pending)
+        self._trained = time.monotonic()
+        return written
+
+    def _write_pending(self, step: int, values: Mapping[str, Any]) -> dict[str, float]:
         self._pending = None
         with self.stopwatch("wait"):
             fetched = {name: float(v) for name, v in jax.device_get(dict(values)).items()}
         if self._terminal:
-            speed = self._speed(step)
+            seconds, speed = self._timed(step)
             times = {f"ms/{name}": 1e3 * s for name, s in self.stopwatch.medians().items()}
-            tokens = {"tokens_per_s": speed * self._batch_tokens} if self._batch_tokens else {}
-            self._write(step, _prefixed("train", fetched) | {"steps_per_s": speed} | tokens | times)
+            times |= {"seconds": seconds, "steps_per_s": speed}
+            times |= {"tokens_per_s": speed * self._batch_tokens} if self._batch_tokens else {}
+            self._write(step, _prefixed("train", fetched) | times)
             self._terminal.status(step, {n: fetched[n] for n in SHOWN if n in fetched}, speed, self._batch_tokens)
         return fetched
 
+    def sync(self) -> None:
+        """`flush`, and all that was written is where it survives this process."""
+        distributed.on_all(self._sync)
+
+    def _sync(self) -> None:
+        self.flush()
+        if self._terminal:
+            self._file.sync()
+        for sink in self._sinks:
+            sink.flush()
+
     def scalars(self, step: int, values: Mapping[str, float], *, split: str) -> None:
         """Values of an evaluation after `step` steps, named `split/...`; printed and written at once."""
-        self.flush()
+        if self._pending is not None:
+            self.flush()
         if self._terminal:
             self._write(step, _prefixed(split, {name: float(v) for name, v in values.items()}))
             self._terminal.say(f"step {step:,}  {split}  {spelled(values)}")
-        self._mark = (step, time.monotonic())
+        if self._began is not None:
+            self._seconds += self._trained - self._began
+            self._began = self._trained = time.monotonic()
 
     def text(self, name: str, text: str) -> None:
         """A text that belongs to the run, such as its config."""
@@ -136,11 +160,14 @@ class Logger:
         for sink in self._sinks:
             sink.scalars(step, values)
 
-    def _speed(self, step: int) -> float:
-        """Steps a second since the last mark: a log line or an evaluation."""
-        (before, then), now = self._mark or (step, 0.0), time.monotonic()
-        self._mark = (step, now)
-        return (step - before) / max(now - then, 1e-9)
+    def _timed(self, step: int) -> tuple[float, float]:
+        """Seconds of training since the line before, and the steps a second that they make."""
+        now = time.monotonic()
+        began = now if self._began is None else self._began
+        seconds = max(self._seconds + now - began, 1e-9)
+        speed = (step - self._line) / seconds
+        self._line, self._seconds, self._began = step, 0.0, now
+        return seconds, speed
 
 
 class Sink(Protocol):
@@ -148,6 +175,7 @@ class Sink(Protocol):
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
     def text(self, name: str, text: str) -> None: ...
+    def flush(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -165,6 +193,9 @@ class TensorBoard:
 
     def text(self, name: str, text: str) -> None:
         self._writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()))
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -189,6 +220,9 @@ class WeightsAndBiases:
 
     def text(self, name: str, text: str) -> None:
         self._run.config.update({name: text}, allow_val_change=True)
+
+    def flush(self) -> None:
+        """Nothing is held here: wandb's own process has it all."""
 
     def close(self) -> None:
         self._run.finish()

@@ -1,9 +1,10 @@
 """metrics.jsonl: one line a log, the source of truth for plots and tables. Survives kills and resumed runs.
 
-    {"step": 100, "time": 1767225600.0, "tokens": 409600, "train/loss": 1.93, "train/accuracy": 0.31}
+    {"step": 100, "time": 1767225600.0, "tokens": 409600, "train/loss": 1.93, "seconds": 4.2, "steps_per_s": 11.9}
 
-`step` counts optimiser steps done; `time` is in seconds since 1970. Values that are not finite are strings
-("nan", "inf", "-inf"), since JSON has no word for them.
+`step` counts optimiser steps done; `time` is in seconds since 1970; `seconds`, of training since the training line
+before, without evaluations and without compiling the step. Values that are not finite are strings ("nan", "inf",
+"-inf"), since JSON has no word for them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class MetricsFile:
 
     Lines beyond `start` come from steps that will be run again, and are dropped; a half-written line is too.
     Lines of the step `start` itself stay, and what they hold is not written a second time. A remote file is
-    rewritten whole, at most every half minute and at the end.
+    rewritten whole, at most every half minute, at `sync` and at the end.
     """
 
     def __init__(self, path: epath.PathLike, start: int):
@@ -50,6 +51,7 @@ class MetricsFile:
         kept = [line for line in lines if line["step"] <= start]
         self._known = {name for line in kept if line["step"] == start for name in line}
         self._text = "".join(_format(line) for line in kept)
+        self._stale = True  # whether a remote file may lack some of the text
         if self._text != text:
             self._rewrite()
         self._written = time.monotonic()
@@ -65,14 +67,21 @@ class MetricsFile:
             self._file.flush()
             return
         self._text += _format(line)
+        self._stale = True
         if time.monotonic() - self._written > REWRITE_EVERY:
             self._rewrite()
 
+    def sync(self) -> None:
+        """When this returns, the file has every line."""
+        if self._file:
+            self._file.flush()
+        elif self._stale:
+            self._rewrite()
+
     def close(self) -> None:
+        self.sync()
         if self._file:
             self._file.close()
-        else:
-            self._rewrite()
 
     def _rewrite(self) -> None:
         if is_local(self._path):  # a kill leaves the old file or the new one
@@ -81,7 +90,7 @@ class MetricsFile:
             new.replace(self._path)
         else:
             self._path.write_text(self._text)
-        self._written = time.monotonic()
+        self._written, self._stale = time.monotonic(), False
 
 
 def _format(line: Mapping[str, float]) -> str:

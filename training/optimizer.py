@@ -31,13 +31,15 @@ def constant() -> Schedule:
     return lambda step: jnp.ones((), jnp.float32)
 
 
-def warmup_cosine(*, steps: int, warmup: int = 0, final: float = 0.0) -> Schedule:
+def warmup_cosine(*, steps: int, warmup: float = 0, final: float = 0.0) -> Schedule:
     """Linear from 0 over `warmup` steps, then a half cosine to `final` at `steps` (HF's cosine with warm-up).
 
-    The factor of step 0 is 0 when there is a warm-up, as in the official S4 recipe.
+    warmup: a number of steps, or below 1 a share of them. The factor of step 0 is 0 when there is a warm-up, as in
+        the official S4 recipe.
     """
     if not 0 <= warmup < steps:
         raise ValueError(f"warmup_cosine: warmup = {warmup} must be at least 0 and less than steps = {steps}")
+    warmup = round(warmup * steps) if warmup < 1 else warmup
 
     def factor(step: Int[Array, ""]) -> Float[Array, ""]:
         step = jnp.asarray(step, jnp.float32)
@@ -50,6 +52,8 @@ def warmup_cosine(*, steps: int, warmup: int = 0, final: float = 0.0) -> Schedul
 
 def warmup_constant(*, warmup: int) -> Schedule:
     """Linear from 0 over `warmup` steps, then 1."""
+    if warmup < 1:
+        raise ValueError(f"warmup_constant: warmup = {warmup} must be at least 1; `constant` has none")
     return lambda step: jnp.minimum(jnp.asarray(step, jnp.float32) / warmup, 1.0)
 
 
@@ -76,7 +80,7 @@ class Plateau:
         drop = stale > self.patience
         return PlateauState(
             scale=jnp.where(drop, state.scale * self.factor, state.scale),
-            best=jnp.maximum(value, state.best),
+            best=jnp.where(better, value, state.best),
             stale=jnp.where(drop, 0, stale),
         )
 

@@ -1,14 +1,13 @@
 """Batches: a data source, a collate function, and the promise that batch k is a pure function of (seed, k).
 
-Host h of n holds rows h * B / n to (h + 1) * B / n of every global batch, in the order that one host alone
-would have: the same global batches on any number of hosts, and what is drawn for a row fits the row
-everywhere. The position in the stream is the number of the next batch, so that a checkpoint stores nothing
-but its step. Reading and collation run in threads ahead of the loop.
+Which rows of a global batch a process needs depends on the mesh; it names their positions and gets these alone, and
+every process gets equally many batches. The global batches are the same however they are divided, and what is drawn for
+a row fits the row everywhere. The position in the stream is the number of the next batch, so that a checkpoint stores
+nothing but its step. Reading and collation run in threads ahead of the loop.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -42,18 +41,18 @@ def train_batches(
     batch_size: int,
     seed: int,
     step: int = 0,
-    host: int = 0,
-    hosts: int = 1,
+    rows: Sequence[int] | None = None,
     augment: Callable[[Row, np.random.Generator], Row] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches from batch `step` on, shuffled anew in every epoch; batches run across ends of epochs.
 
+    rows: the positions in the global batch of what is yielded, in this order; None: all.
     augment: a random change of one row; its generator depends on seed and position in the stream only.
     """
-    rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    stream = _dataset(source).seed(seed).shuffle().repeat()
     if augment is not None:
-        rows = rows.random_map(augment)  # before the hosts part: after it, all would draw the same numbers
-    return _iterate(_Batches(rows, len(source), None, collate, batch_size, host, hosts), step)
+        stream = stream.random_map(augment)  # of the whole stream: after `rows`, all parts would draw the same numbers
+    return _iterate(_Batches(stream, collate, batch_size, rows), step)
 
 
 def evaluation_batches(
@@ -62,49 +61,41 @@ def evaluation_batches(
     *,
     batch_size: int,
     step: int = 0,
-    host: int = 0,
-    hosts: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every row once, in order. The last batch is filled up with rows of weight 0; hosts get equally many."""
-    rows = grain.MapDataset.source(source)
-    return _iterate(_Batches(rows, len(source), len(source), collate, batch_size, host, hosts), step)
+    """Every row once, in order; the last batch is filled up with rows of weight 0. `rows` as in `train_batches`."""
+    return _iterate(_Batches(_dataset(source), collate, batch_size, rows), step)
+
+
+def _dataset(source: Source) -> grain.MapDataset:
+    if not len(source):
+        raise ValueError("the data source is empty")
+    return grain.MapDataset.source(source)
 
 
 class _Batches(grain.MapDataset):
-    """Element k is this host's part of global batch k, with "weight" 0 for what only fills it up."""
+    """Element k is the given rows of global batch k, with "weight" 0 for what only fills it up."""
 
-    def __init__(
-        self,
-        rows: grain.MapDataset,
-        size: int,
-        end: int | None,
-        collate: Collate,
-        batch_size: int,
-        host: int,
-        hosts: int,
-    ):
-        super().__init__(rows)
-        if size < 1:
-            raise ValueError("the data source is empty")
-        if batch_size < 1 or hosts < 1 or batch_size % hosts:
-            raise ValueError(f"batch_size = {batch_size}: expected a positive multiple of hosts = {hosts}")
-        if not 0 <= host < hosts:
-            raise ValueError(f"host = {host}: expected 0 to {hosts - 1}")
-        self._end, self._collate, self._batch_size = end, collate, batch_size
-        self._local, self._first = batch_size // hosts, host * (batch_size // hosts)
+    def __init__(self, stream: grain.MapDataset, collate: Collate, batch_size: int, rows: Sequence[int] | None):
+        super().__init__(stream)
+        if batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size}: expected at least 1")
+        rows = range(batch_size) if rows is None else tuple(rows)
+        if not rows:
+            raise ValueError("rows is empty: expected at least one position in the batch, or None for all")
+        if wrong := [row for row in rows if not 0 <= row < batch_size]:
+            raise ValueError(f"rows has {wrong[0]}: expected positions from 0 to batch_size - 1 = {batch_size - 1}")
+        self._collate, self._batch_size, self._rows = collate, batch_size, rows
 
     def __len__(self) -> int:
-        return sys.maxsize if self._end is None else -(-self._end // self._batch_size)
+        return -(-len(self._parent) // self._batch_size)
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        start = index * self._batch_size + self._first
-        end = start + self._local if self._end is None else self._end
-        positions = range(start, start + self._local)
-        rows = [self._parent[min(position, end - 1)] for position in positions]
-        weight = np.array([position < end for position in positions], np.float32)
-        return {**self._collate(rows), "weight": weight}
+        positions, end = [index * self._batch_size + row for row in self._rows], len(self._parent)
+        batch = self._collate([self._parent[min(position, end - 1)] for position in positions])
+        return {**batch, "weight": np.array([position < end for position in positions], np.float32)}
 
 
 def _iterate(batches: grain.MapDataset, step: int) -> Iterator[dict[str, np.ndarray]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ class Program:
     """Built once by `build`. Call its functions under `jax.set_mesh(program.mesh)`.
 
     state:  the abstract TrainState: shapes, dtypes, shardings.      batch: the abstract global batch.
+    rows:   the rows of a global batch that this process's devices hold, ascending; None: all of them.
     init:   key -> TrainState.                  train_step: (state, batch, key) -> (state, metrics); donates the state.
     eval_step: (params, model_state, sums, batch) -> sums; donates the sums.
     diagnosis: (state, batch, key) -> {parameter: whether its gradient is finite}.
@@ -35,17 +36,31 @@ class Program:
     model: ModelDef
     state: TrainState
     batch: Mapping[str, jax.ShapeDtypeStruct]
-    init: Any
-    train_step: Any
-    eval_step: Any
-    diagnosis: Any
-    move_plateau: Any
+    rows: Sequence[int] | None
+    init: Callable[[Array], TrainState]
+    train_step: Any  # jitted: compiling ahead lowers it
+    eval_step: Callable[..., Sums]
+    diagnosis: Callable[..., dict[str, Array]]
+    move_plateau: Callable[..., TrainState]
+
+    def stream(self, split: str, step: int = 0) -> Iterator[Batch]:
+        """The task's batches from `step` on: of each, the rows that this process's devices hold."""
+        run = self.run
+        return run.task.stream(split, batch_size=run.batch_size, seed=run.seed, step=step, rows=self.rows)
 
     def global_batch(self, local: Batch) -> dict[str, Array]:
-        """This process's rows of a batch -> arrays over the mesh."""
-        place = lambda spec, rows: jax.make_array_from_process_local_data(spec.sharding, rows, spec.shape)
+        """The rows that `stream` yields, as arrays over the mesh."""
+        arrays = {name: np.asarray(local[name], spec.dtype) for name, spec in self.batch.items()}
         with jax.transfer_guard("allow"):
-            return {name: place(spec, np.asarray(local[name], spec.dtype)) for name, spec in self.batch.items()}
+            if self.rows is None:
+                return jax.device_put(arrays, {name: spec.sharding for name, spec in self.batch.items()})
+            held = {row: i for i, row in enumerate(self.rows)}
+
+            def place(spec: jax.ShapeDtypeStruct, rows: np.ndarray) -> Array:
+                block = lambda index: rows[held[index[0].start or 0] :][: spec.sharding.shard_shape(spec.shape)[0]]
+                return jax.make_array_from_callback(spec.shape, spec.sharding, block)
+
+            return {name: place(spec, arrays[name]) for name, spec in self.batch.items()}
 
     def key(self) -> Array:
         """The key of the run's randomness, on every device of the mesh."""
@@ -58,10 +73,7 @@ class Program:
         sums = jax.device_put(
             jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes), sharding.replicated(self.mesh)
         )
-        stream = self.run.task.stream(
-            split, batch_size=self.run.batch_size, host=jax.process_index(), hosts=jax.process_count()
-        )
-        for rows in stream:
+        for rows in self.stream(split):
             sums = self.eval_step(params, state.model_state, sums, self.global_batch(rows))
         return {name: float(value) for name, value in averages(sums).items()}
 
@@ -110,6 +122,7 @@ def build(run: Run, devices: Sequence[Any] | None = None) -> Program:
         model=model,
         state=state,
         batch=batch,
+        rows=None if jax.process_count() == 1 else sharding.local_rows(by_row, run.batch_size),
         init=jax.jit(lambda key: new_state(model, run.optimizer, run.ema is not None, key), out_shardings=places),
         train_step=jax.jit(
             make_train_step(model, run.task, run, axes),

@@ -67,24 +67,11 @@ def provenance(program: Program, command: list[str]) -> dict[str, Any]:
 
 
 def finish(
-    program: Program,
-    run_dir: epath.Path,
-    *,
-    step: int,
-    valid: Mapping[str, float],
-    test: Mapping[str, float],
-    source: Mapping[str, Any],
-) -> dict[str, Any]:
+    program: Program, run_dir: epath.Path, *, step: int, valid: Mapping[str, float], test: Mapping[str, float]
+) -> None:
     """Writes result.json, table.md and curve.png, and prints the row. `step` is that of the best validation."""
     run, task = program.run, program.run.task
-    seconds = sum(
-        run.log_every / line["train/steps_per_s"] for line in metrics.read(run_dir) if line.get("train/steps_per_s")
-    )
-    row = task.row({"valid": valid, "test": test}) | {
-        "best step": step,
-        "steps": run.steps,
-        "parameters": f"{count(program):,}",
-    }
+    trained = json.loads((run_dir / "run.json").read_text())
     result = {
         "task": task.name,
         "metric": task.metric,
@@ -95,13 +82,15 @@ def finish(
         "test": dict(test),
         "baselines": dict(task.baselines),
         "parameters": count(program),
-        "training_seconds": round(seconds, 1),
-        "row": row,
-        **source,
+        "training_seconds": round(sum(line.get("seconds", 0.0) for line in metrics.read(run_dir)), 1),
+        "row": task.row({"valid": valid, "test": test})
+        | {"best step": step, "steps": run.steps, "parameters": f"{count(program):,}"},
+        **{name: trained[name] for name in ("command", "versions", "git", "device", "mesh")},
     }
     write(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
     show(run_dir, result)
-    return result
+    if task.advice:
+        print(task.advice)
 
 
 def show(run_dir: epath.Path, result: Mapping[str, Any]) -> None:

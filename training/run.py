@@ -18,7 +18,7 @@ class Run:
     batch_size: global batch, over all devices.   accumulate: micro-batches a step sums its gradients over.
     seed: initialisation, data order, dropout.    compute_dtype: float32 or bfloat16; state stays float32.
     ema: decay of the averaged parameters that evaluation uses, or None.
-    mesh: axis name -> size; -1 once for the rest. Axes: replica, data, fsdp, seq, tensor.
+    mesh: axis name -> size; -1 once for the rest. Axes: data, fsdp, tensor.
     eval_every, save_every, log_every: steps between evaluations on validation, checkpoints, log lines.
     max_bad_steps: non-finite steps in a row (each is skipped) after which the run stops with an error.
     profile: first and last step of a profiler window, or None.      wandb_project: also log there.
@@ -59,6 +59,8 @@ class Run:
             raise ValueError(
                 f"train.batch_size = {self.batch_size} must be a multiple of train.accumulate = {self.accumulate}"
             )
+        if self.profile is not None and not 0 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"train.profile = {self.profile}: expected (first step, last step), or None")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"train.compute_dtype = {self.compute_dtype!r}: expected 'float32' or 'bfloat16'")
         if self.ema is not None and not 0 < self.ema < 1:

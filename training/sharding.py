@@ -24,6 +24,7 @@ from longwave.kernels.partition import Axes
 
 AXES = ("replica", "data", "fsdp", "seq", "tensor")
 BATCH = ("data", "fsdp")
+UNUSED = ("replica", "seq")  # named in the plan of the mesh, refused until an operation splits over them
 
 # (role, pattern of the path, spec of the trailing dimensions). Every parameter of every model matches exactly one row.
 # Stacked layers lead with one more dimension, which is never split. A spec axis that does not divide its dimension
@@ -54,6 +55,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     """A mesh with all five axes; `sizes` names some, one of them may be -1 (what is left), the others are 1."""
     if unknown := sorted(set(sizes) - set(AXES)):
         raise ValueError(f"train.mesh names {unknown}: expected axes among {', '.join(AXES)}")
+    for axis in UNUSED:
+        if sizes.get(axis, 1) != 1:
+            raise ValueError(f"train.mesh = {dict(sizes)}: nothing splits over {axis!r} yet; expected size 1")
     devices = list(jax.devices() if devices is None else devices)
     shape = [sizes.get(axis, 1) for axis in AXES]
     known = int(np.prod([s for s in shape if s != -1]))
@@ -79,6 +83,12 @@ def axes_of(mesh: Mesh) -> Axes:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of every array of a batch: the first dimension is the example."""
     return NamedSharding(mesh, P(BATCH))
+
+
+def local_rows(rows: NamedSharding, batch_size: int) -> list[int]:
+    """The rows of a batch that the devices of this process hold, ascending; several processes may hold the same."""
+    blocks = (index[0] for index in rows.addressable_devices_indices_map((batch_size,)).values())
+    return sorted({row for block in blocks for row in range(batch_size)[block]})
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -25,7 +25,7 @@ StepFn = Callable[[TrainState, Any, Array], tuple[TrainState, Metrics]]
 def make_train_step(model: ModelDef, task: Task, run: Run, axes: Axes) -> StepFn:
     """(state, batch, key) -> (state, metrics). `key` is the run's; the step folds its number in.
 
-    A step whose loss or gradient is not finite changes nothing but the counters.
+    A step whose loss, gradient or update is not finite changes nothing but the counters.
     """
     optimizer, roles = run.optimizer, model.role_tree()
     transform = optimizer.transform()
@@ -43,7 +43,8 @@ def make_train_step(model: ModelDef, task: Task, run: Run, axes: Axes) -> StepFn
             rate = 1 - run.ema
             ema = jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
 
-        ok = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+        norms = (grad_norm, optax.tree.norm(updates), optax.tree.norm(params))
+        ok = jnp.isfinite(jnp.stack([sums.loss, *norms])).all()
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
         bad = (~ok).astype(jnp.int32)
         new = dataclasses.replace(
@@ -57,9 +58,7 @@ def make_train_step(model: ModelDef, task: Task, run: Run, axes: Axes) -> StepFn
         )
         metrics = averages(sums) | {
             "lr": factor * optimizer.lr,
-            "grad_norm": grad_norm,
-            "update_norm": optax.tree.norm(updates),
-            "param_norm": optax.tree.norm(params),
+            **dict(zip(("grad_norm", "update_norm", "param_norm"), norms, strict=True)),
             "skipped": new.skipped[0].astype(jnp.float32),
             "skipped_in_a_row": new.skipped[1].astype(jnp.float32),
         }

@@ -1,13 +1,12 @@
 """The task contract: what the loop asks of a data set and its objective, and nothing more.
 
-A task is one file, one `.gin` and one line in a list. It knows its data, its head, its loss and its baselines; the
-loop knows none of that. A batch is a dict of NumPy arrays whose first axis is the example; static shapes, so that
-the step compiles once.
+A task is one file and one `.gin`. It knows its data, its head, its loss and its baselines; the loop knows none of that.
+A batch is a dict of NumPy arrays whose first axis is the example; static shapes, so that the step compiles once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -41,9 +40,11 @@ class Task(Protocol):
     inputs:     what the backbone must encode (Tokens or Features).
     splits:     split name -> number of examples; "train", "valid" and "test" are what the loop reads.
     batch_spec: batch size -> {name: jax.ShapeDtypeStruct} of one global batch.
-    stream:     an endless (train) or single-pass (valid, test) iterator of this host's rows of the global batches.
-                Batch k is a pure function of (seed, k), the same for any number of hosts; `step` is the first k.
-                A single pass visits every example once; its last batch is padded with rows of weight 0.
+    stream:     an endless (train) or single-pass (valid, test) iterator of batches. Batch k is a pure function of
+                (seed, k); `step` is the first k. A single pass visits every example once; its last batch is padded
+                with rows of weight 0. `rows`: the positions inside the global batch that this process holds, in the
+                order to be yielded; None: all of them. The mesh decides them: they may be any part of the batch, in
+                any order, and other processes may hold the same. Every process gets equally many batches.
     head:       wraps the backbone into the model that `loss` calls.
     loss:       the sums of one batch. `key` is None in evaluation.
     metric:     the name among Sums.metrics, or "loss", that selects the best checkpoint.
@@ -51,12 +52,14 @@ class Task(Protocol):
     fingerprint: what identifies the data; stored with the checkpoint and compared on resume.
     baselines:  label -> metric on test of what needs no model (majority, the cheapest look-ups), from the data itself.
     row:        one row of the result table from {"valid": {...}, "test": {...}}: includes the baselines.
+    advice:     what to print after the result, such as how to run the task of which this is a short form; or "".
     """
 
     name: str
     inputs: Tokens | Features
     metric: str
     larger_is_better: bool
+    advice: str
 
     @property
     def splits(self) -> Mapping[str, int]: ...
@@ -64,7 +67,7 @@ class Task(Protocol):
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]: ...
 
     def stream(
-        self, split: str, *, batch_size: int, seed: int = 0, step: int = 0, host: int = 0, hosts: int = 1
+        self, split: str, *, batch_size: int, seed: int = 0, step: int = 0, rows: Sequence[int] | None = None
     ) -> Iterator[Batch]: ...
 
     def head(self, backbone: nnx.Module, *, rngs: nnx.Rngs) -> nnx.Module: ...

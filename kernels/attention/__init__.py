@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from functools import partial
 
@@ -13,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from longwave.kernels.attention import chunked, reference
 from longwave.kernels.attention.mask import Causal, Mask, Sinks, Window
 from longwave.kernels.attention.reference import Coordinates, merge
-from longwave.kernels.partition import Axes, sharded
+from longwave.kernels.partition import Axes, parts, sharded
 
 __all__ = ["Causal", "Mask", "Sinks", "Window", "attention", "merge"]
 
@@ -82,12 +81,6 @@ def _key_heads_by_part(q: Array, k: Array, v: Array, axes: Axes) -> tuple[Array,
 
     Query heads that the mesh axes do not divide stay whole.
     """
-    if not axes.heads:
-        return k, v, axes
-    mesh = jax.sharding.get_abstract_mesh()
-    names = (axes.heads,) if isinstance(axes.heads, str) else axes.heads
-    parts = math.prod(mesh.shape[name] for name in names)
-    if q.shape[2] % parts:
-        return k, v, dataclasses.replace(axes, heads=None)
-    times = math.lcm(k.shape[2], parts) // k.shape[2]
+    axes = axes.for_heads(q.shape[2])
+    times = math.lcm(k.shape[2], parts(axes.heads)) // k.shape[2]
     return jnp.repeat(k, times, axis=2), jnp.repeat(v, times, axis=2), axes

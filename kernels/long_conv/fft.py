@@ -28,7 +28,7 @@ def long_conv(
     """
     if k.shape[0] != u.shape[-1]:
         raise ValueError(f"k has {k.shape[0]} rows, u has {u.shape[-1]} channels: they must be equal")
-    run = sharded(_long_conv, axes, ("b.h", "h.", None if k_anti is None else "h."), "b.h")
+    run = sharded(_long_conv, axes.for_heads(u.shape[2]), ("b.h", "h.", None if k_anti is None else "h."), "b.h")
     return run(u, k, k_anti)
 
 

@@ -45,7 +45,7 @@ def lti_ssm(
     optional = lambda x, d: None if x is None else d
     run = sharded(
         lambda *args: _lti_ssm(*args, return_state),
-        axes,
+        axes.for_heads(u.shape[2]),
         ("b.h", dims, optional(state, "bh.."), optional(reset, "b."), optional(valid, "b.")),
         ("b.h", "bh.." if return_state else None),
     )

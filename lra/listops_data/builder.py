@@ -1,8 +1,8 @@
 """Builds ListOps once as array_record files, without TensorFlow, and finds it again.
 
-A data set is built beside its final place and moved there by one rename: it exists whole or not at all, and
-of two processes that build at once the first to finish wins. Seed, digest, baselines and lengths are kept
-with it.
+A data set is built beside its final place, read back, proved row by row, and moved there by one rename: it exists whole
+and true or not at all, and of two processes that build at once the first to finish wins. Seed, digest, baselines and
+lengths are kept with it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import io
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from longwave.lra.listops_data.grammar import Rows, evaluate
 
 OFFICIAL_FILES = {"train": "basic_train.tsv", "valid": "basic_val.tsv", "test": "basic_test.tsv"}
 _BLOCK = 4096  # rows read together
+_DRAFT = ".building-"  # how folders of unfinished data begin
+_ABANDONED = 24 * 3600  # seconds after which nobody builds in a draft any more: a build takes minutes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,8 +143,6 @@ class ListOpsBuilder(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         with _progress() as bar:
             splits = self.builder_config.source.rows(bar)
-            for split, rows in splits.items():
-                _prove(rows, split, bar)
         self.info.metadata.update(
             digest=_digest(splits),
             baselines={split: baselines(splits["train"], splits[split]) for split in ("valid", "test")},
@@ -157,16 +158,24 @@ class ListOpsBuilder(tfds.core.GeneratorBasedBuilder):
 
 def prepare(source: Generated | Official, data_dir: str | os.PathLike[str] | None = None) -> ListOpsBuilder:
     """The built data set, found or made. OSError if it cannot be written; then nothing is left behind."""
-    root = Path(data_dir or os.environ.get("LONGWAVE_DATA") or "~/.cache/longwave").expanduser()
+    folder = os.fspath(data_dir or os.environ.get("LONGWAVE_DATA") or "~/.cache/longwave")
+    if "://" in folder:
+        raise ValueError(
+            f"data_dir = {folder!r}: expected a folder of a local or shared file system (data_dir or LONGWAVE_DATA "
+            "names it); only run folders may lie in a bucket"
+        )
+    root = Path(folder).expanduser()
+    _remove_abandoned(root)
     final = root / ListOpsBuilder.name / source.name / str(ListOpsBuilder.VERSION)
     if _is_complete(final):
         return ListOpsBuilder.of(source, root)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=root) as folder:
+        with tempfile.TemporaryDirectory(prefix=_DRAFT, dir=root) as folder:
             draft = ListOpsBuilder.of(source, folder)
             with _quiet():
                 draft.download_and_prepare()
+            _prove(draft)
             _move(Path(draft.data_dir), final)
     except (OSError, RuntimeError) as error:  # array_record reports a full disk as a RuntimeError
         existing = next(path for path in (root, *root.parents) if path.exists())
@@ -200,12 +209,28 @@ def _is_complete(folder: Path) -> bool:
     return (folder / "dataset_info.json").is_file()
 
 
-def _prove(rows: Rows, split: str, bar: Progress) -> None:
-    """Evaluates every row that is about to be stored and compares with its label."""
-    labels = rows.labels.tolist()
-    for i in bar.track(range(len(rows)), description=f"proving {split}"):
-        if (value := evaluate(rows.row(i).tobytes())) != labels[i]:
-            raise ValueError(f"{split} row {i} evaluates to {value}, but its label is {labels[i]}")
+def _remove_abandoned(root: Path) -> None:
+    """Removes the drafts of builds that were killed."""
+    with contextlib.suppress(OSError):
+        for draft in root.glob(f"{_DRAFT}*"):
+            if time.time() - draft.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(draft, ignore_errors=True)
+
+
+def _prove(draft: ListOpsBuilder) -> None:
+    """Reads what is stored, and evaluates every row and compares with its label.
+
+    Raises OSError where it is not what was written, ValueError where that was wrong.
+    """
+    splits = {split: read_split(draft, split) for split in OFFICIAL_FILES}
+    if _digest(splits) != draft.info.metadata["digest"]:
+        raise OSError("what was read back is not what was written")
+    with _progress() as bar:
+        for split, rows in splits.items():
+            labels = rows.labels.tolist()
+            for i in bar.track(range(len(rows)), description=f"proving {split}"):
+                if (value := evaluate(rows.row(i).tobytes())) != labels[i]:
+                    raise ValueError(f"{split} row {i} evaluates to {value}, but its label is {labels[i]}")
 
 
 def _digest(splits: Mapping[str, Rows]) -> str:

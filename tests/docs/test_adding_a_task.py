@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from longwave.configs.loader import load
+from longwave.training.program import build
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_task.md"
 
@@ -59,31 +60,19 @@ def test_regression_from_npy(code, tmp_path):
     assert row["test"] < 0.2 * row["best constant"]
 
 
-def test_the_config_names_the_task(code, tmp_path, monkeypatch):
+def test_the_config_and_the_command(code, tmp_path, monkeypatch):
+    """What the page prints, up to the jitted step: the config is complete, and every value of it is used."""
     for split in ("train", "valid", "test"):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / f"{split}.csv").write_text("text,label\naab,a\nabb,b\n")
-    config = re.search(r"(    from __gin__ .*?)\n\nThen", PAGE.read_text(), re.DOTALL)[1]
+    page = PAGE.read_text()
+    config = re.search(r"(    from __gin__ .*?)\n\nThis trains", page, re.DOTALL)[1]
+    (files,) = re.findall(r"^    uv run train.py (.*)$", page, re.MULTILINE)
     (tmp_path / "my.gin").write_text(textwrap.dedent(config))
-    (tmp_path / "model.gin").write_text(MODEL)
     monkeypatch.chdir(tmp_path)
-    run = load(["my.gin", "model.gin"]).run
-    assert run.task.splits == {"train": 2, "valid": 2, "test": 2}
-    assert run.task.inputs.length == 64
-
-
-MODEL = """
-from __gin__ import dynamic_registration
-from longwave.layers import s4d
-from longwave.models import backbone
-from longwave.training import optimizer
-
-train.backbone = @backbone.Backbone
-backbone.Backbone.width = 16
-backbone.Backbone.depth = 1
-backbone.Backbone.mixers = (@s4d.S4D,)
-train.optimizer = @optimizer.AdamW()
-optimizer.AdamW.lr = 0.01
-train.steps = 10
-train.batch_size = 8
-"""
+    config = load(files.split())
+    program = build(config.run)
+    config.check_used()
+    assert config.run.task.splits == {"train": 2, "valid": 2, "test": 2}
+    assert program.batch["inputs"].shape == (config.run.batch_size, 64)
+    assert config.run.steps > config.run.eval_every

@@ -21,6 +21,15 @@ MIXERS = {
     "toy chunks": ChunkMemory,
     "toy smoother": Smoother,
 }
+partial = functools.partial
+# Other settings of the same classes take other paths through them.
+FORMS = {
+    "S4D two-sided": partial(layers.S4D, bidirectional=True),
+    "Attention non-causal": partial(layers.Attention, causal=False),
+    "Attention grouped, window, sinks": partial(layers.Attention, heads=4, kv_heads=2, window=5, sinks=2),
+    "Bidirectional": partial(layers.Bidirectional, mixer=layers.S4D),
+    "Bidirectional tied": partial(layers.Bidirectional, mixer=layers.Attention, tied=True),
+}
 
 
 def broken(checks):
@@ -30,6 +39,12 @@ def broken(checks):
 @pytest.mark.parametrize("name", MIXERS)
 def test_every_mixer_keeps_the_contract(name):
     checks = contract.examine(MIXERS[name])
+    assert not broken(checks), contract.certificate(checks, name)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if "window" in n else pytest.mark.full) for n in FORMS])
+def test_every_form_keeps_the_contract(name):
+    checks = contract.examine(FORMS[name])
     assert not broken(checks), contract.certificate(checks, name)
 
 

@@ -1,9 +1,11 @@
 """Data on disk: built once, whole or not at all, found again, the same whoever builds it."""
 
 import dataclasses
+import os
 import re
 import resource
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 
 from longwave.lra.listops_data import builder as module
 from longwave.lra.listops_data import tsv
-from longwave.lra.listops_data.builder import Generated, Official, prepare, read_split
+from longwave.lra.listops_data.builder import Generated, ListOpsBuilder, Official, prepare, read_split
 from longwave.lra.listops_data.generator import Distribution, generate
 
 SHORT = Distribution(min_tokens=20, max_tokens=100)
@@ -73,6 +75,25 @@ def test_unwritable_folder(tmp_path):
         prepare(SMALL, tmp_path / "file" / "data")
 
 
+def test_a_bucket_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"data_dir = 'gs://bucket/data': expected a folder of a local or shared file"):
+        prepare(SMALL, "gs://bucket/data")
+    monkeypatch.setenv("LONGWAVE_DATA", "s3://bucket")
+    with pytest.raises(ValueError, match=r"data_dir = 's3://bucket'.*LONGWAVE_DATA"):
+        prepare(SMALL)
+    assert files(tmp_path) == []
+
+
+def test_drafts_of_killed_builds_are_removed_a_day_later(tmp_path):
+    for name, hours in ((".building-old", 25), (".building-new", 23), ("other", 1000)):
+        (tmp_path / name / "listops").mkdir(parents=True)
+        then = time.time() - hours * 3600
+        os.utime(tmp_path / name, (then, then))
+    prepare(SMALL, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".building-new", "listops", "other"]
+
+
 def test_two_builders_at_once(tmp_path, built, monkeypatch):
     """Another one builds all of it between this one's last write and its rename: both read whole data."""
     move, others = module._move, []
@@ -91,7 +112,44 @@ def test_two_builders_at_once(tmp_path, built, monkeypatch):
     assert files(tmp_path) == files(built.data_path.parent.parent.parent)
 
 
-def test_a_wrong_label_is_caught_before_it_is_stored(tmp_path, monkeypatch):
+def flip_a_byte(draft):
+    path = next(path for path in Path(draft.data_dir).iterdir() if "train.array_record" in path.name)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def store_another_row(draft):
+    """Train row 7 becomes a copy of row 8: it evaluates to its label, but it is not what was to be written."""
+    generate_examples = draft._generate_examples
+
+    def wrong(split, rows):
+        examples = list(generate_examples(split, rows))
+        if split == "train":
+            examples[7] = (7, examples[8][1])
+        return examples
+
+    draft._generate_examples = wrong
+
+
+@pytest.mark.parametrize(("before", "after"), [(store_another_row, None), (None, flip_a_byte)])
+def test_a_corrupted_write_is_found_by_reading_back(tmp_path, monkeypatch, before, after):
+    write = ListOpsBuilder.download_and_prepare
+
+    def corrupt(draft):
+        if before:
+            before(draft)
+        write(draft)
+        if after:
+            after(draft)
+
+    monkeypatch.setattr(ListOpsBuilder, "download_and_prepare", corrupt)
+    with pytest.raises(OSError, match="could not be built in"):
+        prepare(SMALL, tmp_path)
+    assert files(tmp_path) == []
+
+
+def test_a_wrong_label_is_never_kept(tmp_path, monkeypatch):
     def wrong(*args, **kwargs):
         rows = generate(*args, **kwargs)
         rows.labels[155] = (rows.labels[155] + 1) % 10

@@ -1,6 +1,7 @@
 """The task: batches, loss, names, baselines and table rows."""
 
 import logging
+from pathlib import Path
 from typing import ClassVar
 
 import jax
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longwave.lra.classification import classification_sums
 from longwave.lra.listops import ListOps
 from longwave.lra.listops_data import baselines, tsv
 from longwave.lra.listops_data.generator import Distribution, generate
 from longwave.lra.listops_data.grammar import CLOSE, DIGIT, EOS, MIN, PAD, SM, Rows, evaluate
+from longwave.training.classification import classification_sums
 from tests.tolerances import FORWARD, assert_close
 
 SHORT = {"max_length": 128, "min_tokens": 20, "max_tokens": 100, "sizes": (150, 20, 30), "processes": 1}
@@ -64,7 +65,7 @@ class Probe(nnx.Module):
 
     def __call__(self, inputs, carry, ctx, train):
         self.seen.append((np.asarray(ctx.valid), ctx.key, train))
-        return jnp.where(ctx.valid[..., None], jnp.ones((*inputs.shape, 4)), jnp.nan), None, ()
+        return jnp.where(ctx.valid[..., None], jnp.ones((*inputs.shape, 4)), jnp.nan), None, (), ctx.valid
 
 
 def test_padding_is_masked_and_the_key_means_training(task):
@@ -83,6 +84,23 @@ def test_names():
     assert ListOps(sizes=(100, 10, 10)).name == "listops-2048"  # not the benchmark's sizes: never called LRA
     assert ListOps(**SHORT).name == "listops-128"
     assert ListOps(max_length=4096, max_tokens=4000).name == "listops-4096"
+
+
+def test_a_short_form_says_how_to_run_the_benchmark():
+    assert ListOps().advice == ""
+    assert ListOps(**SHORT).advice == (
+        "This was ListOps-128, not Long Range Arena. The real one (2,048 tokens): "
+        "uv run train.py configs/lra/listops.gin configs/models/s4d.gin"
+    )
+    root = Path(__file__).parents[2]
+    assert all((root / word).is_file() for word in ListOps(**SHORT).advice.split() if word.endswith((".py", ".gin")))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_rows_choose_from_the_global_batch(task, split):
+    whole, part = (next(task.stream(split, batch_size=8, step=1, rows=rows)) for rows in (None, [5, 2]))
+    for name in task.batch_spec(8):
+        np.testing.assert_array_equal(part[name], whole[name][[5, 2]])
 
 
 @pytest.mark.parametrize(

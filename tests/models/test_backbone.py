@@ -105,8 +105,9 @@ def test_any_split_of_the_sequence_gives_the_same_outputs(scan):
     full = body(jnp.asarray(IDS))
     carry, pieces = body.init_carry(3), []
     for piece in np.split(IDS, (1, 5), axis=1):
-        y, carry, _ = body(jnp.asarray(piece), carry)
-        pieces.append(y)
+        out = body(jnp.asarray(piece), carry)
+        carry = out.carry
+        pieces.append(out.y)
     assert_close(jnp.concatenate(pieces, axis=1), full.y, FORWARD["float32"])
     for a, b in zip(jax.tree.leaves(carry), jax.tree.leaves(full.carry), strict=True):
         assert_close(a, b, FORWARD["float32"])
@@ -160,9 +161,42 @@ def test_encoders():
     with pytest.raises(ValueError, match=r"patch = 4 .* 6"):
         models.PatchEncoder(models.Features(3, 6), 5, patch=4, rngs=nnx.Rngs(0))
     tokens = models.TokenEmbedding(models.Tokens(11, 8), 5, rngs=nnx.Rngs(0))
-    assert np.isnan(np.asarray(tokens(jnp.asarray([[3, 11]])))[0, 1]).all()
+    outside = np.isnan(np.asarray(tokens(jnp.asarray([[3, 11, -1]])))).all(-1)
+    assert outside.tolist() == [[False, True, True]]
 
 
 def test_depth_must_be_a_multiple_of_the_pattern():
     with pytest.raises(ValueError, match=r"depth = 3 .* 2 mixers"):
         make(depth=3, mixers=(Decay, Decay))
+
+
+def test_patches_pool_over_what_is_valid():
+    features = models.Features(3, 6)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 6, 3)), jnp.float32)
+    encoder = lambda inputs, width, rngs: models.PatchEncoder(inputs, width, patch=2, rngs=rngs)
+    body = models.Backbone(features, width=6, depth=1, mixers=(Decay,), encoder=encoder, rngs=nnx.Rngs(0))
+    model = models.Classifier(body, classes=4, rngs=nnx.Rngs(1))
+    padded = x.at[:, 4:].set(0)
+    valid = jnp.asarray([[True] * 4 + [False] * 2])
+    assert_close(model(padded, Context(valid=valid))[0], model(x[:, :4])[0], FORWARD["float32"])
+
+
+@pytest.mark.parametrize("encoder", [models.LinearEncoder, models.TokenEmbedding])
+def test_bfloat16_parameters_give_bfloat16_activations_and_float32_logits(encoder):
+    tokens = encoder is models.TokenEmbedding
+    inputs = models.Tokens(11, 8) if tokens else models.Features(3, 8)
+    body = models.Backbone(inputs, width=6, depth=1, mixers=(Decay,), mlp=MLP, rngs=nnx.Rngs(0))
+    model = models.Classifier(body, classes=4, rngs=nnx.Rngs(1))
+    graphdef, state = nnx.split(model)
+    half = nnx.merge(graphdef, jax.tree.map(lambda a: a.astype(jnp.bfloat16), state))
+    x = jnp.asarray(IDS) if tokens else jnp.ones((2, 8, 3))
+    assert half.backbone(x).y.dtype == jnp.bfloat16
+    assert half(x)[0].dtype == jnp.float32
+
+
+def test_a_summary_token_refuses_what_has_no_single_sequence():
+    body = make(cls_token=True)
+    with pytest.raises(ValueError, match="cls_token"):
+        body(jnp.asarray(IDS), body.init_carry(3))
+    with pytest.raises(ValueError, match="cls_token"):
+        body(jnp.asarray(IDS), None, Context(reset=VALID))

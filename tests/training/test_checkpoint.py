@@ -114,6 +114,29 @@ def test_smaller_can_be_better_and_a_saved_step_only_takes_scores(tmp_path):
         assert_same(checkpoints.restore_best(), make_state(2))
 
 
+def test_the_best_may_still_be_under_way(tmp_path, monkeypatch):
+    written = []
+
+    class Slow:
+        def __init__(self, promise):
+            self.promise = promise
+
+        def result(self):
+            written.append(True)
+            return self.promise.result()
+
+    save_async = checkpoint.ocp.save_async
+    monkeypatch.setattr(checkpoint.ocp, "save_async", lambda *a, **k: Slow(save_async(*a, **k)))
+    with open_(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(1), scores={"accuracy": 0.5})
+        assert checkpoints.best() == (1, {"accuracy": 0.5})
+        assert (checkpoints.steps, written) == ([], [])  # and nobody waited for it
+        assert_same(checkpoints.restore_best(), make_state(1))
+        assert (checkpoints.steps, written) == ([1], [True])
+        checkpoints.save(2, make_state(2), scores={"accuracy": 0.4})
+        assert checkpoints.best() == (1, {"accuracy": 0.5})
+
+
 def test_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 - 1, state), donate_argnums=0)
     place = NamedSharding(mesh(4), P("data"))
@@ -178,6 +201,7 @@ def test_long_lists_of_differences_are_counted():
         ({"config": CONFIG + "train.seed = 1\n"}, "+ train.seed = 1"),
         ({"data": {"name": "listops-128", "examples": 95}}, "- data/examples = 96\n  + data/examples = 95"),
         ({"data": {"name": "listops-128"}}, "- data/examples = 96"),
+        ({"config": CONFIG + "train.accumulate = 2\n"}, "+ train.accumulate = 2"),
     ],
 )
 def test_a_folder_of_another_run_is_refused_with_the_lines_that_differ(tmp_path, change, expected):
@@ -191,6 +215,33 @@ def test_a_folder_of_another_run_is_refused_with_the_lines_that_differ(tmp_path,
                 checkpoints.restore_latest()
             assert f"+ this command):\n  {expected}\nName another --run_dir" in str(raised.value)
             assert "train.steps" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        ("train.eval_every = 5", "train.eval_every = 6", []),
+        ("listops.ListOps.data_dir = '/a'\nlistops.ListOps.processes = 1", "a/listops.ListOps.data_dir = '/b'", []),
+        ("listops.ListOps.data_dirs = 1", "", ["- listops.ListOps.data_dirs = 1"]),
+        # A plateau counts evaluations.
+        (
+            "train.eval_every = 5\nAdamW.plateau = @Plateau()",
+            "train.eval_every = 6\nAdamW.plateau = @Plateau()",
+            ["- train.eval_every = 5", "+ train.eval_every = 6"],
+        ),
+        ("train.eval_every = 5\nAdamW.plateau = None", "train.eval_every = 6\nAdamW.plateau = None", []),
+        # A macro counts for what it is bound to.
+        ("STEPS = 1\ntrain.steps = %STEPS", "a/T = 2\nU = %a/T\ntrain.steps = %U", []),
+        ("N = 4\nlayers.S4D.N = %N", "layers.S4D.N = 4", []),
+        (
+            "STEPS = 1\ntrain.steps = %STEPS\ncosine.steps = (%STEPS, 3)",
+            "STEPS = 2\ntrain.steps = %STEPS\ncosine.steps = (%STEPS, 3)",
+            ["- cosine.steps = (1, 3)", "+ cosine.steps = (2, 3)"],
+        ),
+    ],
+)
+def test_which_bindings_make_another_run(before, now, expected):
+    assert differences.run_differences({"config": before}, {"config": now}) == expected
 
 
 def test_bindings_of_a_config_go_on_over_several_lines():
@@ -307,6 +358,15 @@ def test_a_failed_save_is_told_at_the_next_call(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=f"{tmp_path}/2 could not be written: OSError: .*No space left"):
             checkpoints.save(3, make_state(3))
         assert checkpoints.steps == [1]
+
+
+def test_an_error_in_the_run_is_not_hidden_by_a_failed_save(tmp_path, monkeypatch):
+    full = type("Promise", (), {"result": lambda self: (_ for _ in ()).throw(OSError(28, "No space left"))})()
+    monkeypatch.setattr(checkpoint.ocp, "save_async", lambda *a, **k: full)
+    told = pytest.warns(RuntimeWarning, match=f"{tmp_path}/1 could not be written: OSError: .*No space left")
+    with told, pytest.raises(KeyError), open_(tmp_path) as checkpoints:  # noqa: PT012
+        checkpoints.save(1, make_state(1))
+        raise KeyError
 
 
 def test_one_changed_element_changes_the_fingerprint_and_no_mesh_does():
@@ -429,6 +489,65 @@ def test_two_processes_write_what_one_reads_and_the_other_way_round(tmp_path):
     with open_(tmp_path / "two", like=like) as checkpoints:
         assert_same(checkpoints.restore_latest(), make_state(9))
 
+
+def test_what_fails_on_one_process_is_raised_on_both(tmp_path):
+    """Each failure is met by one process; the other would wait for it until it is killed, and so fail here."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "odd/5/state").mkdir(parents=True)
+    (tmp_path / "odd/5.json").mkdir()  # neither a record nor a missing one
+    first, second = processes.outputs(processes.launch(TOGETHER + TWO_FAIL, tmp_path, count=2), seconds=90)
+    assert first == second
+    expected = [
+        ("NotADirectoryError", "checkpoints cannot be written here"),
+        ("IsADirectoryError", "5.json"),
+        ("OSError", "/good/1 could not be written: IsADirectoryError"),
+        ("OSError", "/good/2 could not be written: OSError: [Errno 28] No space left on 0"),
+        ("OSError", "/good/3 could not be written: OSError: [Errno 28] No space left on 1"),
+        ("PermissionError", "[Errno 13] removal"),
+    ]
+    for line, (kind, text) in zip(first.splitlines(), expected, strict=True):
+        assert line.startswith(kind + " ")
+        assert text in line
+
+
+TWO_FAIL = """
+from longwave.training import checkpoint
+folder, index = Path(sys.argv[1]), jax.process_index()
+
+def told(f, *arguments, **settings):
+    try:
+        f(*arguments, **settings)
+        print("no error")
+    except OSError as error:
+        print(type(error).__name__, error)
+
+class Promise:
+    def __init__(self, fails_on):
+        self.fails_on = fails_on
+
+    def result(self):
+        if index == self.fails_on:
+            raise OSError(28, f"No space left on {index}")
+
+def removal(directory, step):
+    raise PermissionError(13, "removal")
+
+like = make_state(0, on)
+told(open_, folder / "file/c", like=like)
+told(open_, folder / "odd", like=like)
+with open_(folder / "good", like=like, keep=1) as checkpoints:
+    (folder / "good/1.json.draft").mkdir(exist_ok=True)
+    told(checkpoints.save, 1, like)
+    save_async = checkpoint.ocp.save_async
+    checkpoint.ocp.save_async = lambda *a, **k: Promise(0)
+    told(checkpoints.save, 2, like, wait=True)
+    checkpoint.ocp.save_async = lambda *a, **k: Promise(1)
+    told(checkpoints.save, 3, like, wait=True)
+    checkpoint.ocp.save_async = lambda *a, **k: Promise(None)
+    checkpoints.save(4, like)
+    checkpoint._finish_removal = removal
+    told(checkpoints.save, 5, like, wait=True)
+"""
 
 TWO_SAVE = """
 with open_(Path(sys.argv[1]), like=make_state(0, on)) as checkpoints:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from longwave.training import metrics, stopwatch
+from longwave.training import logger, metrics, stopwatch
 from longwave.training.logger import Logger
 from longwave.training.stopwatch import Stopwatch
+from tests.training import processes
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def lines(folder):
 
 def seen(folder):
     """(step, name, value) of everything that does not measure time."""
-    timed = ("ms/", "time", "steps_per_s", "tokens_per_s")
+    timed = ("ms/", "time", "seconds", "steps_per_s", "tokens_per_s")
     return [(r["step"], k, v) for r in lines(folder) for k, v in r.items() if k != "step" and not k.startswith(timed)]
 
 
@@ -98,8 +99,54 @@ def test_flush_writes_what_is_pending(start, tmp_path):
         assert log.flush() is None
 
 
+def test_seconds_add_up_to_the_time_of_training_alone(start, tmp_path, monkeypatch):
+    now = [0.0]
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], time=time.time, time_ns=time.time_ns)
+    monkeypatch.setattr(logger, "time", clock)
+    with start(log_every=4) as log:
+        now[0] += 100  # the first step is compiled
+        for step in range(1, 11):
+            train(log, [step])
+            now[0] += step  # while the device works on it
+            if step in (3, 4, 10):
+                log.flush()
+                now[0] += 1000  # an evaluation: within an interval, at the end of one, and after the last step
+                log.scalars(step, {"loss": 1.0}, split="valid")
+                log.scalars(step, {"loss": 1.0}, split="other")
+    timed = {r["step"]: (r["seconds"], r["steps_per_s"]) for r in lines(tmp_path) if "seconds" in r}
+    assert {r["step"] for r in lines(tmp_path) if "valid/loss" in r} == {3, 4, 10}
+    first, second = 1 + 2 + 3 + 4, 5 + 6 + 7 + 8
+    assert timed == {4: (first, 4 / first), 8: (second, 4 / second), 10: (9 + 10, 2 / (9 + 10))}
+
+
+def test_sync_leaves_nothing_in_this_process(start, tmp_path, monkeypatch):
+    with start() as log:
+        train(log, [1, 2])
+        log.sync()
+        assert [r["step"] for r in lines(tmp_path)] == [2]
+        events = EventAccumulator(str(tmp_path)).Reload()
+        assert [e.step for e in events.Scalars("train/loss")] == [2]
+    for path in tmp_path.iterdir():
+        path.unlink()
+    monkeypatch.setattr(metrics, "is_local", lambda path: False)
+    path = tmp_path / "metrics.jsonl"
+    with start() as log:
+        train(log, [1, 2, 3])
+        assert not path.exists()
+        log.sync()
+        assert [r["step"] for r in lines(tmp_path)] == [2]
+        path.write_text("untouched")
+        log.sync()
+        assert path.read_text() == "untouched"  # nothing new: not written again
+        train(log, [4])
+        log.sync()
+        assert [r["step"] for r in lines(tmp_path)] == [2, 4]
+
+
 def test_other_processes_write_nothing_and_return_the_same(start, tmp_path, capsys):
     with start(is_main=False) as log:
+        train(log, range(1, 3))
+        log.sync()
         train(log, range(1, 3))
         assert log.late(3, {"loss": jnp.float32(9)}) == {"loss": 1.0}
         log.scalars(3, {"loss": 1.0}, split="valid")
@@ -213,6 +260,37 @@ def test_a_run_folder_that_cannot_be_written(start, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write to the run folder .*file/run.*--run_dir"):
         Logger(tmp_path / "file" / "run", total_steps=1, batch_tokens=1)
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+from longwave.training import distributed
+distributed.start()
+from longwave.training.logger import Logger
+folder = Path(sys.argv[1])
+make = lambda name: Logger(folder / name, total_steps=9, batch_tokens=1, log_every=1, is_main=distributed.is_main())
+try:
+    make("file/run")
+except OSError as error:
+    print(error)
+log = make("run")
+log.late(1, {"loss": 2.0})
+if distributed.is_main():
+    log._file.close()
+try:
+    log.sync()
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_what_stops_the_main_process_is_raised_on_both(tmp_path):
+    (tmp_path / "file").write_text("")
+    first, second = processes.outputs(processes.launch(TOGETHER, tmp_path, count=2), seconds=60)
+    assert first == second
+    assert first.startswith("cannot write to the run folder ")
+    assert first.endswith("--run_dir\nI/O operation on closed file.\n")
 
 
 def test_wandb_is_optional(start, tmp_path, monkeypatch):

@@ -77,6 +77,7 @@ def test_plateau_drops_after_more_than_patience_stale_evaluations():
     # stale counts 0 0 1 2 3->drop 0 1 2 3->drop
     assert scales == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25]
     assert float(state.best) == np.float32(0.4)
+    assert float(plateau.update(state, jnp.float32(np.nan)).best) == np.float32(0.4)
 
 
 def test_unknown_roles_and_bad_schedules_are_named():

@@ -1,5 +1,6 @@
-"""Batch k is a pure function of (seed, k), whatever the hosts and wherever the stream begins."""
+"""Batch k is a pure function of (seed, k), whatever part of it is asked for and wherever the stream begins."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -14,17 +15,35 @@ def take(batches, count):
     return [batch["id"].tolist() for batch in itertools.islice(batches, count)]
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_same_global_batches_on_any_number_of_hosts(hosts):
-    alone = take(train_batches(ROWS, batch_size=8, seed=3), 7)
-    parts = [take(train_batches(ROWS, batch_size=8, seed=3, host=h, hosts=hosts), 7) for h in range(hosts)]
-    assert [list(itertools.chain(*step)) for step in zip(*parts, strict=True)] == alone
-    alone = list(evaluation_batches(ROWS, batch_size=8))
-    parts = [list(evaluation_batches(ROWS, batch_size=8, host=h, hosts=hosts)) for h in range(hosts)]
-    assert {len(part) for part in parts} == {3}
-    for k, batch in enumerate(alone):
-        for name, value in batch.items():
-            np.testing.assert_array_equal(np.concatenate([part[k][name] for part in parts]), value)
+# What processes may hold of a batch of 8.
+PARTS = {
+    "halves": [range(4), range(4, 8)],
+    "quarters": [[0, 1], [2, 3], [4, 5], [6, 7]],
+    "copies": [range(8), range(8)],  # the batch is replicated over the processes
+    "overlapping": [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]],
+    "permuted": [[6, 7, 0, 1], np.array([5, 4, 3, 2])],  # blocks in the order of devices on a torus
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_any_rows_are_those_of_the_one_global_batch(name):
+    def same(make, count):
+        whole = list(itertools.islice(make(), 7))
+        assert len(whole) == count
+        for rows in PARTS[name]:
+            part = list(itertools.islice(make(rows=rows), 7))
+            assert len(part) == count
+            for mine, batch in zip(part, whole, strict=True):
+                for key, value in batch.items():
+                    np.testing.assert_array_equal(mine[key], value[list(rows)])
+
+    same(functools.partial(train_batches, ROWS, batch_size=8, seed=3), 7)
+    same(functools.partial(evaluation_batches, ROWS, batch_size=8), 3)
+
+
+def test_a_process_whose_rows_all_fill_up_still_gets_the_last_batch():
+    batches = list(evaluation_batches(ROWS[:17], batch_size=8, rows=[6, 7]))
+    assert [batch["weight"].tolist() for batch in batches] == [[1, 1], [1, 1], [0, 0]]
 
 
 def test_every_epoch_is_another_permutation():
@@ -65,15 +84,15 @@ def test_training_rows_all_count():
     np.testing.assert_array_equal(batch["x"][:, 0], batch["id"])
 
 
-def test_augmentation_fits_the_row_on_any_host():
+def test_augmentation_fits_the_row_in_any_part():
     def crop(row, rng):
         return {"id": row["id"], "noise": rng.random()}
 
     make = lambda **part: train_batches(ROWS, batch_size=8, seed=3, augment=crop, **part)
     alone = [batch["noise"] for batch in itertools.islice(make(), 8)]
-    parts = [[b["noise"] for b in itertools.islice(make(host=h, hosts=2), 8)] for h in range(2)]
+    parts = [[b["noise"] for b in itertools.islice(make(rows=rows), 8)] for rows in (range(4), range(4, 8))]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), alone)
-    assert len(set(np.concatenate(alone).tolist())) == 64  # no number twice, neither on hosts nor in epochs
+    assert len(set(np.concatenate(alone).tolist())) == 64  # no number twice, neither in parts nor in epochs
     resumed = [batch["noise"] for batch in itertools.islice(make(step=5), 3)]
     np.testing.assert_array_equal(resumed, alone[5:])
 
@@ -90,14 +109,15 @@ def test_own_collate():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"batch_size": 6, "hosts": 4}, "batch_size = 6: expected a positive multiple of hosts = 4"),
-        ({"batch_size": 0}, "batch_size = 0"),
-        ({"batch_size": 4, "host": 2, "hosts": 2}, "host = 2: expected 0 to 1"),
+        ({"batch_size": 0}, "batch_size = 0: expected at least 1"),
+        ({"batch_size": 4, "rows": [0, 4]}, "rows has 4: expected positions from 0 to batch_size - 1 = 3"),
+        ({"batch_size": 4, "rows": [-1]}, "rows has -1"),
+        ({"batch_size": 4, "rows": []}, "rows is empty"),
     ],
 )
 def test_bad_settings(bad, message):
-    for make in (evaluation_batches, lambda rows, **kw: train_batches(rows, seed=0, **kw)):
+    for make in (evaluation_batches, functools.partial(train_batches, seed=0)):
         with pytest.raises(ValueError, match=message):
             make(ROWS, **bad)
-    with pytest.raises(ValueError, match="empty"):
-        evaluation_batches([], batch_size=4)
+        with pytest.raises(ValueError, match="the data source is empty"):
+            make([], batch_size=4)

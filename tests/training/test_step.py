@@ -25,7 +25,7 @@ from tests.tolerances import GRADIENT, OTHER_MESH, assert_close
 class Majority:
     """Which half of the vocabulary fills the row? Made from the batch number, as every stream is."""
 
-    name, metric, larger_is_better = "majority", "accuracy", True
+    name, metric, larger_is_better, advice = "majority", "accuracy", True, ""
     inputs = models.Tokens(8, 12)
 
     def batch_spec(self, batch_size):
@@ -49,7 +49,7 @@ class Majority:
             "weight": np.ones(size, np.float32),
         }
 
-    def stream(self, split, *, batch_size, seed=0, step=0, host=0, hosts=1):
+    def stream(self, split, *, batch_size, seed=0, step=0, rows=None):
         if split == "train":
             while True:
                 yield self.batch(step, batch_size)

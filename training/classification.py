@@ -1,4 +1,4 @@
-"""The loss of every task of Long Range Arena: cross-entropy of one label a sequence, summed over examples."""
+"""The loss of tasks with one label a sequence: cross-entropy and accuracy, summed over examples."""
 
 from __future__ import annotations
 
