@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 
     # Folder: nothing in it is touched before it is known to be this run's.
     run_dir = epath.Path(args.evaluate or args.run_dir or default_run_dir(args.files))
-    data = distributed.on_all(lambda: dict(run.task.fingerprint()))[jax.process_index()]  # builds the data, once
+    data = distributed.on_all(lambda: dict(run.task.fingerprint()))[jax.process_index()]  # finds the data or builds it
     distributed.check_agreement({"config": config.text, "data": json.dumps(data, sort_keys=True)})
     source = report.provenance(program, [Path(sys.argv[0]).name, *argv])
     metadata = {"config": config.text, "data": data, "chunk": program.model.chunk, **source}
@@ -88,11 +88,12 @@ def main(argv: list[str]) -> int:
             if resumed:
                 log.say(f"resumed at step {int(state.step):,}")
             state = train(program, state, checkpoints, log, preemption)
-            stopped = int(state.step) < run.steps
-            if stopped:
-                log.say(f"stopped and saved at step {int(state.step):,}; the same command goes on from there")
+            step = int(state.step)
+            del state  # the best one takes its place on the devices
+            if step < run.steps:
+                log.say(f"stopped and saved at step {step:,}; the same command goes on from there")
         distributed.barrier("trained")
-        return RESUMABLE if stopped else finish(program, checkpoints, run_dir)
+        return RESUMABLE if step < run.steps else finish(program, checkpoints, run_dir)
 
 
 def train(
@@ -109,18 +110,20 @@ def train(
             log.stopwatch.lap()
             last = n >= run.steps
             if not last and preemption.requested(n):
+                jax.block_until_ready(state)  # processes agree on nothing while a step's collectives are under way
                 log.sync()
                 checkpoints.save(n, state, wait=True)
                 return state
 
             scores = None
-            if n and (last or n % run.eval_every == 0) and int(state.evaluated) < n:
+            if n and (last or n % run.eval_every == 0) and int(state.evaluated) < n:  # which waits for the step
                 log.flush()
                 scores = program.evaluate(state, "valid")
                 state = program.evaluated(state, scores)
                 log.scalars(n, scores, split="valid")
 
             if n and (last or n % run.save_every == 0 or (scores and improves(scores, checkpoints, run.task))):
+                jax.block_until_ready(state)
                 log.sync()
                 checkpoints.save(n, state, scores=scores, wait=last)
             if last:

@@ -132,7 +132,10 @@ class Backbone(nnx.Module):
         if cls_token:
             self.cls = nnx.Param(jax.random.normal(rngs.params(), (width,)))
         repeats = depth // len(pattern)
-        self.scan = repeats > 1 and (depth >= SCAN_FROM_DEPTH if scan is None else scan)
+        reads_below = any(nnx.eval_shape(lambda m=m: m(width, rngs=nnx.Rngs(0))).reads_below for m in set(pattern))
+        if scan and reads_below:
+            raise ValueError("Backbone.scan = True: a mixer here reads lower layers, which a scan cannot offer")
+        self.scan = repeats > 1 and (depth >= SCAN_FROM_DEPTH and not reads_below if scan is None else scan)
 
         def block(mixer: MakeMixer, key: Array) -> Block:
             return Block(
@@ -154,8 +157,6 @@ class Backbone(nnx.Module):
             flat = keys.reshape(depth, *keys.shape[2:])
             self.layers = nnx.List([block(pattern[i % len(pattern)], flat[i]) for i in range(depth)])
         self.norm = norm(width, rngs=rngs) if prenorm else None
-        if self.scan and any(layer.mixer.reads_below for layer in self.layers):
-            raise ValueError("Backbone.scan = True: a mixer here reads lower layers, which a scan cannot offer")
 
     def init_carry(self, batch: int, *, capacity: int | None = None) -> Carry:
         """One carry a layer; of a scanned position, stacked along axis 0."""

@@ -269,8 +269,8 @@ def test_help_is_worth_reading(capsys):
 @pytest.mark.full
 def test_a_run_can_go_on_inside_the_profilers_window(home):
     assert run(home, "profiled", "train.steps=4") == 0
-    assert run(home, "profiled", "train.steps=6", "train.profile=(3, 9)") == 0
-    assert list((home / "profiled" / "profile").rglob("*.xplane.pb"))
+    assert run(home, "profiled", "train.steps=8", "train.profile=(3, 5)") == 0
+    assert len(list((home / "profiled" / "profile").rglob("*.xplane.pb"))) == 1
 
 
 @pytest.mark.full
@@ -329,6 +329,8 @@ def test_two_processes_train_as_one(home, finished, mesh):
             "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
         }
         command = [sys.executable, str(ROOT / "train.py"), str(home / "tiny.gin"), f"train.mesh={mesh}"]
+        if "tensor" in mesh:  # checkpoints and evaluations fall between the log's own waits for the device
+            command.append("train.log_every=7")
         processes.append(
             subprocess.Popen(
                 [*command, "--run_dir", str(home / name)], cwd=home, env=environment, stderr=subprocess.PIPE, text=True
@@ -336,9 +338,9 @@ def test_two_processes_train_as_one(home, finished, mesh):
         )
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
-    assert_close(
-        list(lines(home / name, "train/loss").values()), list(lines(finished, "train/loss").values()), OTHER_MESH
-    )
+    mine, theirs = lines(home / name, "train/loss"), lines(finished, "train/loss")
+    assert max(mine) == 14
+    assert_close(list(mine.values()), [theirs[step] for step in mine], OTHER_MESH)
     one, two = (json.loads((home / d / "result.json").read_text()) for d in ("whole", name))
     assert_close(two["test"]["loss"], one["test"]["loss"], OTHER_MESH)
 

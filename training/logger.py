@@ -52,6 +52,7 @@ class Logger:
         self.run_dir = epath.Path(run_dir)
         self._total, self._every, self._batch_tokens = total_steps, log_every, batch_tokens
         self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._fetched: dict[str, float] | None = None  # what `late` has not returned yet
         self._line = start  # step of the last training line, from which speed is measured
         self._seconds = 0.0  # of training since then, up to the last evaluation
         self._began: float | None = None  # when training began or went on after that; None before the first step
@@ -77,9 +78,11 @@ class Logger:
         """The training values of `step`, which has just been dispatched: device arrays of shape ().
 
         They are fetched in the next call, when the device has its next step to work on, and only every
-        `log_every` steps. Returns the values fetched in this call, which are those of the last such step.
+        `log_every` steps. Returns the values fetched since the last call, here or by `flush`: those of the last
+        such step.
         """
-        written = self.flush()
+        self.flush()
+        written, self._fetched = self._fetched, None
         if self._began is None:  # compilation is over, this step has begun
             self._line, self._began = step - 1, self._trained
         if step % self._every == 0 or step == self._total:
@@ -98,17 +101,18 @@ class Logger:
         self._pending = None
         with self.stopwatch("wait"):
             fetched = {name: float(v) for name, v in jax.device_get(dict(values)).items()}
+        self._fetched = fetched
         if self._terminal:
             seconds, speed = self._timed(step)
             times = {f"ms/{name}": 1e3 * s for name, s in self.stopwatch.medians().items()}
             times |= {"seconds": seconds, "steps_per_s": speed}
-            times |= {"tokens_per_s": speed * self._batch_tokens} if self._batch_tokens else {}
+            times["tokens_per_s"] = speed * self._batch_tokens
             self._write(step, _prefixed("train", fetched) | times)
             self._terminal.status(step, {n: fetched[n] for n in SHOWN if n in fetched}, speed, self._batch_tokens)
         return fetched
 
     def sync(self) -> None:
-        """`flush`, and all that was written is where it survives this process."""
+        """`flush`, and every line of metrics.jsonl is where it survives this process (TensorBoard's thread may lag)."""
         distributed.on_all(self._sync)
 
     def _sync(self) -> None:

@@ -29,6 +29,7 @@ class Program:
     init:   key -> TrainState.                  train_step: (state, batch, key) -> (state, metrics); donates the state.
     eval_step: (params, model_state, sums, batch) -> sums; donates the sums.
     diagnosis: (state, batch, key) -> {parameter: whether its gradient is finite}.
+    move_plateau: (state, value) -> state; donates the state.
     """
 
     run: Run
@@ -78,7 +79,8 @@ class Program:
         return {name: float(value) for name, value in averages(sums).items()}
 
     def evaluated(self, state: TrainState, scores: Mapping[str, float]) -> TrainState:
-        """The state that knows that it was evaluated: the plateau moves, and a resumed run does not evaluate again."""
+        """The state that knows that it was evaluated: the plateau moves, and a resumed run does not evaluate again.
+        The state that is passed is gone (donated)."""
         sign = 1.0 if self.run.task.larger_is_better else -1.0
         return self.move_plateau(state, np.float32(sign * scores[self.run.task.metric]))
 

@@ -13,7 +13,6 @@ from flax import nnx
 from jaxtyping import Array, Bool
 
 from longwave.kernels.partition import Axes
-from longwave.training.optimizer import AdamW
 from longwave.training.run import Run
 from longwave.training.state import ModelDef, Params, TrainState, map_with_path, split
 from longwave.training.task import Sums, Task
@@ -129,6 +128,3 @@ def make_diagnosis(model: ModelDef, task: Task, run: Run, axes: Axes) -> Callabl
         return finite
 
     return diagnosis
-
-
-__all__ = ["AdamW", "averages", "make_diagnosis", "make_eval_step", "make_train_step"]

@@ -200,3 +200,26 @@ def test_a_summary_token_refuses_what_has_no_single_sequence():
         body(jnp.asarray(IDS), body.init_carry(3))
     with pytest.raises(ValueError, match="cls_token"):
         body(jnp.asarray(IDS), None, Context(reset=VALID))
+
+
+class CountsBelow(Decay):
+    """Adds the number of lower layers whose side outputs it was given."""
+
+    reads_below = True
+
+    def __call__(self, x, carry=None, ctx=Context()):
+        out = super().__call__(x, carry, ctx)
+        return out._replace(y=out.y + len([aux["energy"] for aux in ctx.below]))
+
+
+def test_a_mixer_that_reads_lower_layers_gets_them_and_is_not_scanned():
+    plain = lambda width, rngs: lambda x, valid, train: x
+    body = make(depth=8, mixers=(CountsBelow,), norm=plain, prenorm=False)
+    assert not body.scan
+    flat = make(depth=8, mixers=(Decay,), norm=plain, prenorm=False, scan=False)
+    nnx.update(flat, nnx.state(body))
+    first = lambda model: np.asarray(model(jnp.asarray(IDS[:, :1])).y)  # a layer doubles its input, and adds i
+    expected = sum(i * 2 ** (7 - i) for i in range(8))
+    assert_close(first(body) - first(flat), np.full((3, 1, 6), expected), 1e-4)
+    with pytest.raises(ValueError, match=r"Backbone\.scan = True"):
+        make(depth=8, mixers=(CountsBelow,), scan=True)

@@ -80,10 +80,16 @@ def test_axes_that_nothing_splits_over_are_refused():
             sharding.make_mesh({axis: 2, "data": 4})
 
 
-def test_local_rows_are_those_of_the_devices(monkeypatch):
-    whole = sharding.make_mesh({"data": 4, "tensor": 2})
-    rows = sharding.batch_sharding(whole)
-    assert sharding.local_rows(rows, 8) == list(range(8))
+def test_local_rows_are_those_of_the_devices_of_this_process():
+    class Rows:
+        """A process whose devices hold two blocks that do not meet, one of them twice."""
+
+        def addressable_devices_indices_map(self, shape):
+            assert shape == (8,)
+            return dict(enumerate([(slice(6, 8),), (slice(0, 2),), (slice(6, 8),)]))
+
+    assert sharding.local_rows(Rows(), 8) == [0, 1, 6, 7]
+    assert sharding.local_rows(sharding.batch_sharding(sharding.make_mesh({"data": 4, "tensor": 2})), 8) == [*range(8)]
 
 
 @pytest.mark.parametrize("mixer", [layers.S4D, functools.partial(layers.Attention, heads=4, causal=False)])
