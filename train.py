@@ -133,7 +133,9 @@ def train(
                 log.say("compiling the step")
                 batches = program.stream("train", step=n)
             with log.stopwatch("data"):
-                batch = program.global_batch(next(batches))
+                rows = next(batches)
+            with log.stopwatch("transfer"):
+                batch = program.global_batch(rows)
             profiler.before(n, state)
             with log.stopwatch("dispatch"), jax.transfer_guard("disallow"):
                 state, metrics = program.train_step(state, batch, key)

@@ -348,8 +348,9 @@ def test_two_processes_train_as_one(home, finished, mesh):
 @pytest.mark.full
 def test_the_loop_costs_the_host_less_than_three_milliseconds(home):
     """Median over 300 iterations of the time outside dispatch and device wait, from the loop's own counters."""
-    assert run(home, "host", "train.steps=300", *(f"train.{name}_every=150" for name in ("eval", "save", "log"))) == 0
+    intervals = (f"train.{name}_every=150" for name in ("eval", "save", "log"))
+    longer = ("listops.ListOps.max_length=512", "models.Backbone.width=16")  # a step that data can keep up with
+    assert run(home, "host", "train.steps=300", *intervals, *longer) == 0
     spent = [json.loads(line) for line in (home / "host" / "metrics.jsonl").read_text().splitlines()]
     times = [line for line in spent if "train/loss" in line][-1]
-    outside = times["ms/total"] - times["ms/dispatch"] - times.get("ms/wait", 0.0)
-    assert 0 < outside < 3.0, times
+    assert 0 < times["ms/host"] < 3.0, times

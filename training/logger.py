@@ -105,6 +105,7 @@ class Logger:
         if self._terminal:
             seconds, speed = self._timed(step)
             times = {f"ms/{name}": 1e3 * s for name, s in self.stopwatch.medians().items()}
+            times["ms/host"] = 1e3 * self.stopwatch.median_outside("transfer", "dispatch", "wait")
             times |= {"seconds": seconds, "steps_per_s": speed}
             times["tokens_per_s"] = speed * self._batch_tokens
             self._write(step, _prefixed("train", fetched) | times)
