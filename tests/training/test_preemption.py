@@ -59,7 +59,8 @@ print(step)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_all_processes_stop_at_the_same_step(number):
     started = processes.launch(RUN, count=2)
     for process in started:
