@@ -84,7 +84,7 @@ def test_backward_pass_runs_no_complex_fft():
     u, k, _, _ = draw(64, 64, None)
     hlo = jax.jit(jax.grad(lambda u, k: jnp.sum(long_conv(u, k) ** 2), argnums=(0, 1))).lower(u, k).as_text()
     ffts = [line.split("stablehlo.fft")[1] for line in hlo.splitlines() if "stablehlo.fft" in line]
-    assert 0 < len(ffts) <= 6  # spectra of u, k and dy; y, du and dk; newer jax prints equal ones once
+    assert len(ffts) in (6, 4)  # spectra of u, k and dy; y, du and dk; newer jax prints those of equal shapes once
     assert all("RFFT" in line for line in ffts)  # RFFT or IRFFT
 
 

@@ -1,0 +1,34 @@
+"""Every form of the operations compiles, with its gradient, for every TPU generation: training, and with a carry."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from longwave import layers
+from longwave.kernels import aot
+from longwave.layers.mixer import Context
+
+MIXERS = {"S4D": functools.partial(layers.S4D, N=8), "Attention": functools.partial(layers.Attention, heads=2)}
+
+
+@pytest.mark.full
+@pytest.mark.skipif(aot.missing() is not None, reason=aot.missing() or "")
+@pytest.mark.parametrize("slice_of", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_carry_resets_and_padding_compile_with_gradient(name, slice_of):
+    graphdef, params = nnx.split(MIXERS[name](16, rngs=nnx.Rngs(0)))
+
+    def loss(params, x, carry, reset, valid):
+        y, carry, _ = nnx.merge(graphdef, params)(x, carry, Context(reset=reset, valid=valid))
+        return y.sum() + sum(leaf.sum() for leaf in jax.tree.leaves(carry))
+
+    mesh = aot.mesh(aot.topology(slice_of), {"data": 4})
+    carry = nnx.merge(graphdef, params).init_carry(2, capacity=128)
+    flags = jnp.zeros((2, 96), bool)
+    place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    arguments = jax.tree.map(place, (params, jnp.zeros((2, 96, 16)), carry, flags, flags))
+    assert aot.compile(jax.grad(loss, argnums=(0, 1)), *arguments, mesh=mesh).fits
