@@ -186,12 +186,7 @@ class Attention(Mixer):
         new = (None, None) if plain else (at.position, at.segment)
 
         def over(part: int, k: Array, v: Array, positions: Array | None, segments: Array | None):
-            at: dict[str, Any] = {
-                "q_positions": new[0],
-                "kv_positions": positions,
-                "q_segments": new[1],
-                "kv_segments": segments,
-            }
+            at: dict[str, Any] = {"positions": (new[0], positions), "segment_ids": (new[1], segments)}
             if self.rate == 0 or ctx.key is None:
                 return attention(q, k, v, mask=self.mask, **at, return_lse=True, axes=ctx.axes)
             key, reach = jax.random.fold_in(ctx.key, part), None if part or self.sinks else self.ring

@@ -31,10 +31,8 @@ def dropped_attention(
     key: PRNGKeyArray,
     reach: int | None = None,
     mask: Mask = Mask(),
-    q_positions: Int[Array, "*b tq"] | None = None,
-    kv_positions: Int[Array, "*b tk"] | None = None,
-    q_segments: Int[Array, "*b tq"] | None = None,
-    kv_segments: Int[Array, "*b tk"] | None = None,
+    positions: tuple[Int[Array, "*b tq"] | None, Int[Array, "*b tk"] | None] = (None, None),
+    segment_ids: tuple[Int[Array, "*b tq"] | None, Int[Array, "*b tk"] | None] = (None, None),
 ) -> tuple[Float[Array, "b tq h dv"], Float[Array, "b tq h"]]:
     """(output, log-sum-exp) as `kernels.attention.attention` gives them, with dropout of the weights.
 
@@ -58,9 +56,9 @@ def dropped_attention(
     margin = 0 if reach is None else reach - 1
     keys = tk if reach is None else c + 2 * margin  # that a block of queries may see
     # Padding: queries of segment -2 and keys of -1 see and are seen by none.
-    queries = _padded((q, at(q_positions, q_segments, tq)), 0, n * c - tq, -2)
+    queries = _padded((q, at(positions[0], segment_ids[0], tq)), 0, n * c - tq, -2)
     behind = margin + (0 if reach is None else n * c - tk)
-    others = _padded((k, v, at(kv_positions, kv_segments, tk)), margin, behind, -1)
+    others = _padded((k, v, at(positions[1], segment_ids[1], tk)), margin, behind, -1)
 
     @jax.checkpoint
     def block(i: Int[Array, ""]) -> tuple[Array, Array]:

@@ -1,23 +1,27 @@
-"""Softmax attention: `attention` picks the form for the shapes, `merge` joins disjoint sets of keys."""
+"""Softmax attention: `attention` picks the form for shapes and platform, `merge` joins disjoint sets of keys."""
 
 from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longwave.kernels.attention import chunked, reference
+from longwave.kernels.attention import flash, reference
 from longwave.kernels.attention.mask import Blocks, Causal, Mask, Sinks, Window
-from longwave.kernels.attention.reference import Coordinates, merge
+from longwave.kernels.attention.reference import Coordinates, Scores, merge
 from longwave.kernels.partition import Axes, parts, sharded
 
 __all__ = ["Blocks", "Causal", "Mask", "Sinks", "Window", "attention", "merge"]
 
 # Few queries (decoding) or few scores: reading keys where they lie beats laying them out in blocks.
 FEW_QUERIES, FEW_SCORES = 4, 32**2
+
+Ids = Int[Array, "*b t"] | tuple[Int[Array, "*b tq"] | None, Int[Array, "*b tk"] | None] | None
+Backend = Literal["auto", "reference", "chunked"]
 
 
 def attention(
@@ -26,47 +30,59 @@ def attention(
     v: Float[Array, "b tk kv dv"],
     *,
     mask: Mask = Mask(),
-    q_positions: Int[Array, "*b tq"] | None = None,
-    kv_positions: Int[Array, "*b tk"] | None = None,
-    q_segments: Int[Array, "*b tq"] | None = None,
-    kv_segments: Int[Array, "*b tk"] | None = None,
+    positions: Ids = None,
+    segment_ids: Ids = None,
     scale: float | None = None,
+    softcap: float | None = None,
     return_lse: bool = False,
+    backend: Backend = "auto",
     axes: Axes = Axes(),
 ) -> Float[Array, "b tq h dv"] | tuple[Float[Array, "b tq h dv"], Float[Array, "b tq h"]]:
     """softmax(scale q k' where visible) v, of any lengths, in O(tq + tk) memory, with gradients.
 
     q, k, v:      kv heads divide h: query head i reads key head i // (h / kv).
     mask:         by position: `Mask()` sees all, `Causal() & (Window(w) | Sinks(n))` and so on.
-    q_positions, kv_positions: (t,) or (b, t), in any order; None: 0, 1, 2, ... in both.
-    q_segments, kv_segments: (t,) or (b, t); a query sees keys of its own segment alone, and a key of a
-                  negative segment is seen by none (padding, empty cache). Where one is given, the other
-                  is all 0 by default.
+    positions:    (t,) or (b, t), in any order, of queries and keys alike, or a pair (of queries, of keys); None:
+                  0, 1, 2, ... in both.
+    segment_ids:  likewise; a query sees keys of its own segment alone, and a key of a negative segment is seen by
+                  none (padding, empty cache). None within a pair is all 0.
     scale:        of the scores; None: d ** -0.5.
+    softcap:      c: the scaled scores s become c tanh(s / c); None: they stay.
     return_lse:   also the log-sum-exp of each query's scores, float32.
+    backend:      "auto": by shape and by the platform that is compiled for. Or the form's name.
     axes:         mesh axes that split batch and heads; time is gathered.
 
     The output has v's dtype; softmax and sums are float32. A query that sees nothing gives 0 (lse -inf).
     """
-    _check(q, k, v)
-    tq, tk = q.shape[1], k.shape[1]
-    if q_segments is None and kv_segments is not None:
-        q_segments = jnp.zeros(tq, jnp.int32)
-    if kv_segments is None and q_segments is not None:
-        kv_segments = jnp.zeros(tk, jnp.int32)
-    q_at = Coordinates(jnp.arange(tq) if q_positions is None else q_positions, q_segments)
-    k_at = Coordinates(jnp.arange(tk) if kv_positions is None else kv_positions, kv_segments)
-
-    few = tq <= FEW_QUERIES or tq * tk <= FEW_SCORES
-    form = reference.attention if few else chunked.attention
-    form = partial(form, mask=mask, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    _check(q, k, v, softcap)
+    q_at, k_at = _coordinates(q, k, positions, segment_ids)
+    scores = Scores(mask, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
+    form = _form(backend, q, k, v, q_at, k_at, scores)
     k, v, axes = _key_heads_by_part(q, k, v, axes)
     dims = ("b.h.", "b.h.", "b.h.", *jax.tree.map(lambda x: "b."[2 - x.ndim :], (q_at, k_at)))
     o, lse = sharded(form, axes, dims, ("b.h.", "b.h"))(q, k, v, q_at, k_at)
     return (o, lse) if return_lse else o
 
 
-def _check(q: Array, k: Array, v: Array) -> None:
+def _coordinates(q: Array, k: Array, positions: Ids, segment_ids: Ids) -> tuple[Coordinates, Coordinates]:
+    pair = lambda ids: ids if isinstance(ids, tuple) else (ids, ids)
+    q_segments, k_segments = pair(segment_ids)
+    if q_segments is None and k_segments is not None:
+        q_segments = jnp.zeros(q.shape[1], jnp.int32)
+    if k_segments is None and q_segments is not None:
+        k_segments = jnp.zeros(k.shape[1], jnp.int32)
+    q_positions, k_positions = pair(positions)
+    return Coordinates(q_positions, q_segments), Coordinates(k_positions, k_segments)
+
+
+def _form(backend: Backend, q: Array, k: Array, v: Array, q_at: Coordinates, k_at: Coordinates, scores: Scores):
+    tq, tk = q.shape[1], k.shape[1]
+    if backend == "reference" or (backend == "auto" and (tq <= FEW_QUERIES or tq * tk <= FEW_SCORES)):
+        return partial(reference.attention, scores=scores)
+    return partial(flash.attention, flash.Forms(), scores)
+
+
+def _check(q: Array, k: Array, v: Array, softcap: float | None) -> None:
     (b, _, h, d), (kb, tk, kv, kd) = q.shape, k.shape
     if (kb, kd) != (b, d) or v.shape[:3] != (b, tk, kv):
         raise ValueError(
@@ -74,6 +90,8 @@ def _check(q: Array, k: Array, v: Array) -> None:
         )
     if h % kv:
         raise ValueError(f"attention: {kv} key heads must divide {h} query heads")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"attention: softcap = {softcap} must be positive, or None")
 
 
 def _key_heads_by_part(q: Array, k: Array, v: Array, axes: Axes) -> tuple[Array, Array, Axes]:

@@ -25,43 +25,90 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from longwave.kernels.attention.mask import Mask
-from longwave.kernels.attention.reference import Coordinates, einsum32, visible
+from longwave.kernels.attention.reference import Coordinates, Scores, einsum32, visible
 
 BLOCK = 256  # a block of float32 scores fits the second-level cache of a CPU core; half and twice are no faster
 HIDDEN = -1e30  # score of an invisible key
 FLOOR = -1e29  # where the running maximum starts: above HIDDEN, so that exp(HIDDEN - m) is 0 even if no key is seen
 
 
-def attention(
+def forward(
     q: Float[Array, "b tq h d"],
     k: Float[Array, "b tk kv d"],
     v: Float[Array, "b tk kv dv"],
     q_at: Coordinates,
     k_at: Coordinates,
+    scores: Scores,
     *,
-    mask: Mask,
-    scale: float,
     block: int = BLOCK,
 ) -> tuple[Float[Array, "b tq h dv"], Float[Array, "b tq h"]]:
     """Output in v's dtype and float32 log-sum-exp. Memory O(tq + tk). Coordinates are (t,) or (b, t)."""
-    b, tq, h, d = q.shape
-    tk, kv, dv = v.shape[1:]
-    g = h // kv
-    (nq, cq), (nk, ck) = _split(tq, block), _split(tk, block)
-    if k_at.segment is None and nk * ck > tk:  # the padding must be told from keys
-        q_at, k_at = (x._replace(segment=jnp.zeros_like(x.position)) for x in (q_at, k_at))
-    to_rows = lambda x: jnp.repeat(jnp.broadcast_to(x, (b, x.shape[-1])), kv, axis=0)
-    q_at, k_at = jax.tree.map(to_rows, (q_at, k_at))
-    q_at, k_at = _cut(q_at, nq, cq), _cut(k_at, nk, ck)
+    cut = _Cut(q, k, q_at, k_at, block)
+    at = cut.places()
+    f = partial(_forward_row, scores)
+    o, lse = _over_rows(f, _live(scores.mask, *at), cut.queries(q), cut.keys(k), cut.keys(v), *at)
+    return cut.in_time(o), cut.in_time(lse)
 
-    q = _pad(q, 1, nq * cq).reshape(b, nq, cq, kv, g, d)
-    q = q.transpose(0, 3, 1, 4, 2, 5).reshape(b * kv, nq, g * cq, d)
-    k, v = (_pad(x, 1, nk * ck).reshape(b, nk, ck, kv, x.shape[-1]) for x in (k, v))
-    k, v = (x.transpose(0, 3, 1, 2, 4).reshape(b * kv, nk, ck, x.shape[-1]) for x in (k, v))
-    o, lse = _rows(mask, scale, q, k, v, q_at, k_at)
-    o = o.reshape(b, kv, nq, g, cq, dv).transpose(0, 2, 4, 1, 3, 5).reshape(b, nq * cq, h, dv)
-    lse = lse.reshape(b, kv, nq, g, cq).transpose(0, 2, 4, 1, 3).reshape(b, nq * cq, h)
-    return o[:, :tq], lse[:, :tq]
+
+def backward(
+    q: Float[Array, "b tq h d"],
+    k: Float[Array, "b tk kv d"],
+    v: Float[Array, "b tk kv dv"],
+    q_at: Coordinates,
+    k_at: Coordinates,
+    lse: Float[Array, "b tq h"],
+    delta: Float[Array, "b tq h"],
+    do: Float[Array, "b tq h dv"],
+    scores: Scores,
+    *,
+    block: int = BLOCK,
+) -> tuple[Float[Array, "b tq h d"], Float[Array, "b tk kv d"], Float[Array, "b tk kv dv"]]:
+    """Gradients from lse, over these keys and any others, and delta = sum(o * do) - dlse."""
+    cut = _Cut(q, k, q_at, k_at, block)
+    at = cut.places()
+    rows = (*map(cut.queries, (q, do, lse, delta)), cut.keys(k), cut.keys(v))
+    dq, dk, dv = _over_rows(partial(_backward_row, scores), _live(scores.mask, *at), *rows, *at)
+    return cut.in_time(dq), cut.keys_in_time(dk), cut.keys_in_time(dv)
+
+
+class _Cut:
+    """Arrays in time, cut into rows (batch and key head) of blocks; and back."""
+
+    def __init__(self, q: Array, k: Array, q_at: Coordinates, k_at: Coordinates, block: int):
+        self.b, self.tq, self.h = q.shape[:3]
+        self.tk, self.kv = k.shape[1:3]
+        (self.nq, self.cq), (self.nk, self.ck) = _split(self.tq, block), _split(self.tk, block)
+        q_at, k_at = q_at.placed(self.tq), k_at.placed(self.tk)
+        if k_at.segment is None and self.nk * self.ck > self.tk:  # the padding must be told from keys
+            q_at, k_at = (x._replace(segment=jnp.zeros_like(x.position)) for x in (q_at, k_at))
+        self.at = q_at, k_at
+
+    def queries(self, x: Array) -> Array:
+        """(b, tq, h, ...) -> (r, nq, m, ...)."""
+        x, rest = _pad(x, 1, self.nq * self.cq), x.shape[3:]
+        x = x.reshape(self.b, self.nq, self.cq, self.kv, -1, *rest)
+        return jnp.moveaxis(x, (3, 4), (1, 3)).reshape(self.b * self.kv, self.nq, -1, *rest)
+
+    def keys(self, x: Array) -> Array:
+        """(b, tk, kv, d) -> (r, nk, c, d)."""
+        x = _pad(x, 1, self.nk * self.ck).reshape(self.b, self.nk, self.ck, self.kv, -1)
+        return jnp.moveaxis(x, 3, 1).reshape(self.b * self.kv, self.nk, self.ck, -1)
+
+    def places(self) -> tuple[Coordinates, Coordinates]:
+        to_rows = lambda x: jnp.repeat(jnp.broadcast_to(x, (self.b, x.shape[-1])), self.kv, axis=0)
+        q_at, k_at = jax.tree.map(to_rows, self.at)
+        return _cut(q_at, self.nq, self.cq), _cut(k_at, self.nk, self.ck)
+
+    def in_time(self, x: Array) -> Array:
+        """(r, nq, m, ...) -> (b, tq, h, ...)."""
+        rest = x.shape[3:]
+        x = x.reshape(self.b, self.kv, self.nq, -1, self.cq, *rest)
+        return jnp.moveaxis(x, (1, 3), (3, 4)).reshape(self.b, -1, self.h, *rest)[:, : self.tq]
+
+    def keys_in_time(self, x: Array) -> Array:
+        """(r, nk, c, d) -> (b, tk, kv, d)."""
+        x = x.reshape(self.b, self.kv, self.nk, self.ck, -1)
+        return jnp.moveaxis(x, 1, 3).reshape(self.b, -1, self.kv, x.shape[-1])[:, : self.tk]
 
 
 def _split(t: int, block: int) -> tuple[int, int]:
@@ -120,16 +167,17 @@ def _over_rows(f: Callable, live: Array, *arrays):
     return lax.platform_dependent(live, *arrays, cpu=in_turn, default=at_once)
 
 
-def _scores(q, k, q_at: Coordinates, k_at: Coordinates, mask: Mask, scale: float) -> Float[Array, "m c"]:
-    s = scale * einsum32("md,cd->mc", q, k)
-    see = visible(mask, q_at, k_at)
+def _scores(q, k, q_at: Coordinates, k_at: Coordinates, scores: Scores) -> Float[Array, "m c"]:
+    """Capped scores, HIDDEN where nothing is seen."""
+    s = scores.cap(scores.scale * einsum32("md,cd->mc", q, k))
+    see = visible(scores.mask, q_at, k_at)
     if see is True:
         return s
     by_head = s.reshape(-1, *see.shape)
     return jnp.where(see[None], by_head, HIDDEN).reshape(s.shape)
 
 
-def _forward_row(mask, scale, visits, q, k, v, q_at, k_at):
+def _forward_row(scores, visits, q, k, v, q_at, k_at):
     """q (n, m, d), k and v (n, c, .) of one row -> o (n, m, dv), lse (n, m)."""
 
     def query_block(xs):
@@ -138,7 +186,7 @@ def _forward_row(mask, scale, visits, q, k, v, q_at, k_at):
         def key_block(i, state):
             o, m, l = state
             j = order[i]
-            s = _scores(q, k[j], q_at, jax.tree.map(lambda x: x[j], k_at), mask, scale)
+            s = _scores(q, k[j], q_at, jax.tree.map(lambda x: x[j], k_at), scores)
             m_new = jnp.maximum(m, jnp.max(s, -1))
             p = jnp.exp(s - m_new[:, None])
             fade = jnp.exp(m - m_new)
@@ -153,11 +201,11 @@ def _forward_row(mask, scale, visits, q, k, v, q_at, k_at):
     return lax.map(query_block, (q, q_at, *visits))
 
 
-def _backward_row(mask, scale, visits, q, k, v, o, lse, do, dlse, q_at, k_at):
+def _backward_row(scores, visits, q, do, lse, delta, k, v, q_at, k_at):
     """Gradients of one row's q, k and v; dk and dv gather their sums in float32 across query blocks."""
     blind = lse == -jnp.inf
     lse = jnp.where(blind, 0.0, lse)  # exp(HIDDEN - 0) is 0: a query that sees nothing has no gradient
-    delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1) - jnp.where(blind, 0.0, dlse)
+    delta = jnp.where(blind, 0.0, delta)
 
     def query_block(sums, xs):
         q, do, lse, delta, q_at, order, live = xs
@@ -165,9 +213,12 @@ def _backward_row(mask, scale, visits, q, k, v, o, lse, do, dlse, q_at, k_at):
         def key_block(i, sums):
             dq, dk, dv = sums
             j = order[i]
-            s = _scores(q, k[j], q_at, jax.tree.map(lambda x: x[j], k_at), mask, scale)
+            s = _scores(q, k[j], q_at, jax.tree.map(lambda x: x[j], k_at), scores)
             p = jnp.exp(s - lse[:, None])
-            ds = scale * p * (einsum32("md,cd->mc", do, v[j]) - delta[:, None])
+            ds = p * (einsum32("md,cd->mc", do, v[j]) - delta[:, None])
+            if scores.softcap is not None:  # where s is hidden, p is 0: its slope must only be finite
+                ds = ds * (1 - (jnp.maximum(s, -scores.softcap) / scores.softcap) ** 2)
+            ds = scores.scale * ds
             dq = dq + einsum32("mc,cd->md", ds, k[j])
             return dq, dk.at[j].add(einsum32("mc,md->cd", ds, q)), dv.at[j].add(einsum32("mc,md->cd", p, do))
 
@@ -177,23 +228,3 @@ def _backward_row(mask, scale, visits, q, k, v, o, lse, do, dlse, q_at, k_at):
     xs = (q, do, lse, delta, q_at, *visits)
     (dk, dv), dq = lax.scan(query_block, (jnp.zeros(k.shape), jnp.zeros(v.shape)), xs)
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rows(mask, scale, q, k, v, q_at, k_at):
-    return _over_rows(partial(_forward_row, mask, scale), _live(mask, q_at, k_at), q, k, v, q_at, k_at)
-
-
-def _rows_forward(mask, scale, q, k, v, q_at, k_at):
-    o, lse = _rows(mask, scale, q, k, v, q_at, k_at)
-    return (o, lse), (q, k, v, o, lse, q_at, k_at)
-
-
-def _rows_backward(mask, scale, kept, grads):
-    *arrays, q_at, k_at = kept
-    f = partial(_backward_row, mask, scale)
-    dq, dk, dv = _over_rows(f, _live(mask, q_at, k_at), *arrays, *grads, q_at, k_at)
-    return dq, dk, dv, None, None
-
-
-_rows.defvjp(_rows_forward, _rows_backward)

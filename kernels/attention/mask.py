@@ -2,9 +2,10 @@
 
     Causal() & (Window(512) | Sinks(4))
 
-A mask answers twice: `visible` for pairs of tokens, and `live` for pairs of blocks known only by the range of
-their positions, so that a block that nobody sees is neither fetched nor computed. `live` may say yes too
-often, never no. Masks are hashable constants; documents and padding, which are data, travel as segment ids.
+A mask answers three times: `visible` for pairs of tokens, and for pairs of blocks known only by the range of their
+positions `live`, so that a block that nobody sees is neither fetched nor computed, and `whole`, so that one that all
+see is not masked. `live` may say yes too often, never no; `whole` the other way round. Masks are hashable constants;
+documents and padding, which are data, travel as segment ids.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ class Mask:
         """False only where no query of [q_lo, q_hi] sees any key of [k_lo, k_hi]."""
         return True
 
+    def whole(self, q_lo: Positions, q_hi: Positions, k_lo: Positions, k_hi: Positions) -> Answer:
+        """True only where every query of [q_lo, q_hi] sees every key of [k_lo, k_hi]."""
+        return True
+
     def __and__(self, other: Mask) -> Mask:
         return And(self, other)
 
@@ -45,6 +50,9 @@ class Causal(Mask):
 
     def live(self, q_lo: Positions, q_hi: Positions, k_lo: Positions, k_hi: Positions) -> Answer:
         return k_lo <= q_hi
+
+    def whole(self, q_lo: Positions, q_hi: Positions, k_lo: Positions, k_hi: Positions) -> Answer:
+        return k_hi <= q_lo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +71,9 @@ class Window(Mask):
     def live(self, q_lo: Positions, q_hi: Positions, k_lo: Positions, k_hi: Positions) -> Answer:
         return (q_lo - k_hi < self.size) & (k_lo - q_hi < self.size)
 
+    def whole(self, q_lo: Positions, q_hi: Positions, k_lo: Positions, k_hi: Positions) -> Answer:
+        return (q_hi - k_lo < self.size) & (k_hi - q_lo < self.size)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sinks(Mask):
@@ -75,6 +86,9 @@ class Sinks(Mask):
 
     def live(self, q_lo: Positions, q_hi: Positions, k_lo: Positions, k_hi: Positions) -> Answer:
         return k_lo < self.count
+
+    def whole(self, q_lo: Positions, q_hi: Positions, k_lo: Positions, k_hi: Positions) -> Answer:
+        return k_hi < self.count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +107,9 @@ class Blocks(Mask):
     def live(self, q_lo: Positions, q_hi: Positions, k_lo: Positions, k_hi: Positions) -> Answer:
         return (q_lo // self.size <= k_hi // self.size) & (k_lo // self.size <= q_hi // self.size)
 
+    def whole(self, q_lo: Positions, q_hi: Positions, k_lo: Positions, k_hi: Positions) -> Answer:
+        return (q_lo // self.size == k_hi // self.size) & (k_lo // self.size == q_hi // self.size)
+
 
 @dataclasses.dataclass(frozen=True)
 class And(Mask):
@@ -105,6 +122,9 @@ class And(Mask):
     def live(self, q_lo: Positions, q_hi: Positions, k_lo: Positions, k_hi: Positions) -> Answer:
         return self.a.live(q_lo, q_hi, k_lo, k_hi) & self.b.live(q_lo, q_hi, k_lo, k_hi)
 
+    def whole(self, q_lo: Positions, q_hi: Positions, k_lo: Positions, k_hi: Positions) -> Answer:
+        return self.a.whole(q_lo, q_hi, k_lo, k_hi) & self.b.whole(q_lo, q_hi, k_lo, k_hi)
+
 
 @dataclasses.dataclass(frozen=True)
 class Or(Mask):
@@ -116,3 +136,6 @@ class Or(Mask):
 
     def live(self, q_lo: Positions, q_hi: Positions, k_lo: Positions, k_hi: Positions) -> Answer:
         return self.a.live(q_lo, q_hi, k_lo, k_hi) | self.b.live(q_lo, q_hi, k_lo, k_hi)
+
+    def whole(self, q_lo: Positions, q_hi: Positions, k_lo: Positions, k_hi: Positions) -> Answer:
+        return self.a.whole(q_lo, q_hi, k_lo, k_hi) | self.b.whole(q_lo, q_hi, k_lo, k_hi)

@@ -1,6 +1,6 @@
 """Softmax attention straight from its equations, all scores in memory; and what every form shares.
 
-    s_qk = scale <q, k> where q sees k, else -inf
+    s_qk = cap(scale <q, k>) where q sees k, else -inf      cap(s) = softcap tanh(s / softcap)
     lse_q = log sum_k exp s_qk      o_q = sum_k exp(s_qk - lse_q) v_k
 
 Softmax and sums are float32. A query that sees nothing has o = 0, lse = -inf and zero gradients.
@@ -8,6 +8,7 @@ Softmax and sums are float32. A query that sees nothing has o = 0, lse = -inf an
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -17,11 +18,30 @@ from jaxtyping import Array, Bool, Float, Int
 from longwave.kernels.attention.mask import Mask
 
 
-class Coordinates(NamedTuple):
-    """Where tokens stand: position for the mask, and segment (None: all in one; negative: padding)."""
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What becomes of <q, k>: scaled, capped (None: not), and hidden where the mask does not show it."""
 
-    position: Int[Array, "*rows t"]
+    mask: Mask
+    scale: float
+    softcap: float | None = None
+
+    def cap(self, s: Float[Array, "..."]) -> Float[Array, "..."]:
+        return s if self.softcap is None else self.softcap * jnp.tanh(s / self.softcap)
+
+
+class Coordinates(NamedTuple):
+    """Where tokens stand: position for the mask, and segment (None: all in one; negative: padding).
+
+    A position of None is 0, 1, 2, ...: a constant, so that a kernel's list of live blocks is one too.
+    """
+
+    position: Int[Array, "*rows t"] | None = None
     segment: Int[Array, "*rows t"] | None = None
+
+    def placed(self, t: int) -> Coordinates:
+        """These, with positions as numbers."""
+        return self._replace(position=jnp.arange(t)) if self.position is None else self
 
 
 def visible(mask: Mask, q_at: Coordinates, k_at: Coordinates) -> Bool[Array, "*rows tq tk"] | bool:
@@ -56,15 +76,14 @@ def attention(
     v: Float[Array, "b tk kv dv"],
     q_at: Coordinates,
     k_at: Coordinates,
-    *,
-    mask: Mask,
-    scale: float,
+    scores: Scores,
 ) -> tuple[Float[Array, "b tq h dv"], Float[Array, "b tq h"]]:
     """Output in v's dtype and float32 log-sum-exp. Memory O(tq tk). Coordinates are (t,) or (b, t)."""
     b, tq, h, d = q.shape
     tk, kv = k.shape[1:3]
-    s = scale * einsum32("bqngd,bknd->bngqk", q.reshape(b, tq, kv, h // kv, d), k)
-    see = jnp.broadcast_to(visible(mask, q_at, k_at), (b, tq, tk))[:, None, None]
+    s = scores.cap(scores.scale * einsum32("bqngd,bknd->bngqk", q.reshape(b, tq, kv, h // kv, d), k))
+    see = visible(scores.mask, q_at.placed(tq), k_at.placed(tk))
+    see = jnp.broadcast_to(see, (b, tq, tk))[:, None, None]
     s = jnp.where(see, s, -jnp.inf)
     m = lax.stop_gradient(jnp.max(s, -1, keepdims=True))
     m = jnp.where(m == -jnp.inf, 0.0, m)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from longwave.kernels.attention import Blocks, Causal, Mask, Sinks, Window, attention, chunked, merge, reference
+from longwave.kernels.attention import Blocks, Causal, Mask, Sinks, Window, attention, chunked, flash, merge, reference
 from longwave.kernels.attention.mask import And
-from longwave.kernels.attention.reference import Coordinates
+from longwave.kernels.attention.reference import Coordinates, Scores
 from longwave.kernels.partition import Axes
 from tests.tolerances import (
     ATTENTION_FORWARD,
@@ -130,18 +130,20 @@ def compare(got, want):
         assert_close(x, y, G32, name)
 
 
+def in_blocks(mask, block, scale=D**-0.5):
+    forms = flash.Forms(default=flash.Form(*(partial(f, block=block) for f in (chunked.forward, chunked.backward))))
+    return partial(flash.attention, forms, Scores(mask, scale))
+
+
 def of_blocks(case, block=8):
     q_position, k_position, q_segment, k_segment = case.at(B, case.tq, case.tk)
-    q_at, k_at = Coordinates(q_position, q_segment), Coordinates(k_position, k_segment)
-    return lambda q, k, v: chunked.attention(
-        q, k, v, *jax.tree.map(jnp.asarray, (q_at, k_at)), mask=case.mask, scale=D**-0.5, block=block
-    )
+    at = jax.tree.map(jnp.asarray, (Coordinates(q_position, q_segment), Coordinates(k_position, k_segment)))
+    return lambda q, k, v: in_blocks(case.mask, block)(q, k, v, *at)
 
 
 def public(case, **more):
-    names = ("q_positions", "kv_positions", "q_segments", "kv_segments")
-    places = dict(zip(names, case.at(B, case.tq, case.tk), strict=True))
-    return partial(attention, mask=case.mask, return_lse=True, **places, **more)
+    at = case.at(B, case.tq, case.tk)
+    return partial(attention, mask=case.mask, return_lse=True, positions=at[:2], segment_ids=at[2:], **more)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -180,7 +182,7 @@ def test_dead_blocks_are_not_visited():
     at = Coordinates(jnp.arange(64))
     dead = v.at[:, 8:40].set(jnp.nan)  # window of 8 before position 48, and a sink block
     mask = Causal() & (Window(8) | Sinks(2))
-    form = partial(chunked.attention, mask=mask, scale=1.0, block=8)
+    form = in_blocks(mask, 8, scale=1.0)
     o, _ = jax.jit(form)(q[:, 48:], k, dead, Coordinates(at.position[48:]), at)
     assert_close(o, np.ones((1, 16, 1, 8)), F32)
 
@@ -210,10 +212,8 @@ def test_merge_of_disjoint_keys_is_attention_over_all():
             k[:, s],
             v[:, s],
             mask=case.mask,
-            q_positions=q_position,
-            kv_positions=k_position[:, s],
-            q_segments=q_segment,
-            kv_segments=k_segment[:, s],
+            positions=(q_position, k_position[:, s]),
+            segment_ids=(q_segment, k_segment[:, s]),
             return_lse=True,
         )
         return merge(part(slice(0, 9)), part(slice(9, None)))
@@ -237,16 +237,17 @@ def test_sharded_over_batch_and_heads_equals_unsharded(h, kv):
 def test_memory_is_linear_in_length():
     def bytes_of(form, t):
         at = Coordinates(jnp.arange(t))
-        f = lambda q, k, v: jnp.sum(form(q, k, v, at, at, mask=Causal(), scale=0.25)[0] ** 2)
+        f = lambda q, k, v: jnp.sum(form(q, k, v, at, at)[0] ** 2)
         x = jax.ShapeDtypeStruct((1, t, 2, 16), jnp.float32)
         compiled = jax.jit(jax.grad(f, (0, 1, 2))).lower(x, x, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     arrays = 2 * 4096 * 16 * 4
-    long, short = bytes_of(chunked.attention, 4096), bytes_of(chunked.attention, 2048)
+    blocks, scores = in_blocks(Causal(), chunked.BLOCK, scale=0.25), Scores(Causal(), 0.25)
+    long, short = bytes_of(blocks, 4096), bytes_of(blocks, 2048)
     assert long < 2.2 * short
     assert long < 24 * arrays
-    assert long < bytes_of(reference.attention, 4096) / 20
+    assert long < bytes_of(partial(reference.attention, scores=scores), 4096) / 20
 
 
 def test_bfloat16_errs_no_more_than_twice_plain_bfloat16_attention():

@@ -1,0 +1,90 @@
+"""Print what the TPU compiler's schedule says of an operation's kernels, and of its peers.
+
+    longwave report attention                            # on v5e; also draws attention-v5e.png
+    longwave report attention --chip v5e v6e --save tables
+    longwave report attention --chip v6e --tune          # first choose block sizes, into kernels/attention/blocks.json
+    longwave report my_package.my_report                 # a module of your own with `cases(chip)`
+
+Every figure is a static estimate: kernels are compiled for the chip, and nothing runs. What the figures are, and what
+they cannot show, is said in docs/proving_ground.md. Exit code: 0, 1 if the TPU compiler is missing or refuses a kernel
+of ours, 2 if an argument is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longwave.cli.usage import UsageError, nearest
+
+if TYPE_CHECKING:
+    from longwave.kernels.aot.tune import Entry
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("operation", metavar="OPERATION", help="e.g. attention, or a module with `cases(chip)`")
+    parser.add_argument("--chip", nargs="+", action="extend", metavar="NAME", help="v5e (default), v5p, v6e")
+    parser.add_argument("--save", type=Path, default=Path(), metavar="DIR", help="for the roofline plots (default: here)")
+    parser.add_argument("--tune", action="store_true", help="first compile the block sizes that the table lacks")
+    parser.add_argument("--again", action="store_true", help="with --tune: also those that it has")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="compilers side by side (default: 2)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from longwave.kernels import aot
+    from longwave.kernels.aot.chips import CHIPS
+
+    module = find(args.operation)
+    chips = list(dict.fromkeys(args.chip or ["v5e"]))
+    for chip in chips:
+        if chip not in CHIPS:
+            raise UsageError(f"--chip {chip}: expected one of {', '.join(CHIPS)}{nearest(chip, CHIPS)}")
+    if args.jobs < 1:
+        raise UsageError(f"--jobs {args.jobs}: expected at least 1")
+    if args.again and not args.tune:
+        raise UsageError("--again: only with --tune")
+    if reason := aot.missing():
+        print(f"longwave report: {reason}", file=sys.stderr)
+        return 1
+    refused = [_report(args, module, chip) for chip in chips]
+    return 1 if any(refused) else 0
+
+
+def find(operation: str) -> str:
+    """The name of the module that says what an operation's kernels are."""
+    from longwave import kernels
+
+    rooms = [Path(folder) for folder in kernels.__path__]
+    known = sorted(path.parent.name for room in rooms for path in room.glob("*/report.py") if path.parent.name != "aot")
+    if operation in known:
+        return f"longwave.kernels.{operation}.report"
+    sys.path.insert(0, "")
+    try:
+        module = importlib.import_module(operation)
+    except ModuleNotFoundError as error:
+        listed = f"expected {', '.join(known)}, or a module" if known else "expected a module with `cases(chip)`"
+        raise UsageError(f"OPERATION {operation!r}: {listed}{nearest(operation, known)}") from error
+    if not callable(getattr(module, "cases", None)):
+        raise UsageError(f"OPERATION {operation!r}: the module has no function `cases(chip)`")
+    return operation
+
+
+def _report(args: argparse.Namespace, module: str, chip: str) -> bool:
+    """Whether the compiler refused a kernel of ours."""
+    from longwave.cli import estimates, roofline
+    from longwave.kernels.aot import tune
+
+    if args.tune:
+        tune.tune(module, chip, again=args.again, jobs=args.jobs)
+    entries: Sequence[Entry] = importlib.import_module(module).cases(chip)
+    rows = estimates.contest(module, chip, entries, jobs=args.jobs)
+    print(estimates.table(args.operation, chip, rows))
+    args.save.mkdir(parents=True, exist_ok=True)
+    path = args.save / f"{args.operation}-{chip}.png"
+    path.write_bytes(roofline.draw(args.operation, chip, rows))
+    print(f"written {path}", file=sys.stderr)
+    return any(isinstance(row.result, str) and not row.entry.peer for row in rows)
