@@ -7,21 +7,21 @@ from typing import NamedTuple
 
 from longwave.kernels.aot import frozen
 from longwave.kernels.aot.chips import CHIPS
-from longwave.kernels.aot.estimate import Estimate
-from longwave.kernels.aot.tune import Candidate, Entry, Result, measure, seconds
+from longwave.kernels.aot.estimate import CaseError
+from longwave.kernels.aot.timing import Estimate
+from longwave.kernels.aot.tune import Candidate, Entry, Result, measure, reason, seconds
 
-HEAD = ("", "blocks", "steps", "bundles/step", "MXU", "VALU", "EUP", "load", "store", "spills/step")
+HEAD = ("", "blocks", "steps", "bundles/step", "MXU", "VALU", "EUP", "load", "store", "HBM", "spills/step")
 HEAD += ("compute us", "DMA us", "MiB", "bound by", "peak", "time us", "x ours")
 _LEFT = 2  # columns of words
-LEGEND = (
-    "Static estimates: the compiler's schedule weighed by a model of time; no chip ran these. MXU to store: use of their",
-    "slots. MiB: moved between HBM and VMEM (~: an upper bound). peak: useful FLOPs against the chip's. x ours: time over",
-    "that of the same problem by longwave, * marks somebody else's kernel, at the fastest of the blocks tried.",
-)
+LEGEND = """\
+Static estimates: the compiler's schedule, weighed by a model of time; no chip ran any of it. MXU to HBM: how much of
+each is used. MiB: moved between HBM and VMEM (~: not exactly). peak: useful FLOPs against the chip's. x ours: time
+over that of our kernel at the same problem. * is somebody else's kernel, at the fastest of the blocks tried."""
 
 
 class Row(NamedTuple):
-    """An entry at the fastest of its candidates, or the reason for which its first one was refused."""
+    """An entry at the fastest of its candidates, or the error of its first one if none has an estimate."""
 
     entry: Entry
     candidate: Candidate
@@ -48,19 +48,19 @@ def table(operation: str, chip: str, rows: Sequence[Row]) -> str:
     lines: list[tuple[str, ...] | str] = [HEAD]
     for problem in dict.fromkeys(row.entry.problem for row in rows):
         group = [row for row in rows if row.entry.problem == problem]
-        ours = [seconds(row.result) for row in group if not row.entry.peer]
+        ours = [seconds(row.result) for row in group if not row.entry.peer and not isinstance(row.result, CaseError)]
         lines.append(problem)
         for row in group:
             lines += _lines(row, min(ours, default=float("nan")))
     cells = [line for line in lines if not isinstance(line, str)]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    return "\n".join([title, "", *(_text(line, widths) for line in lines), "", *LEGEND])
+    return "\n".join([title, "", *(_text(line, widths) for line in lines), "", LEGEND])
 
 
 def _lines(row: Row, ours: float) -> Iterator[tuple[str, ...] | str]:
     name = f"  {row.entry.kernel}{' *' if row.entry.peer else ''}"
-    if isinstance(row.result, str):
-        yield f"{name}  {row.candidate.label}  refused: {row.result}"
+    if isinstance(row.result, CaseError):
+        yield "  ".join(filter(None, (name, row.candidate.label, f"no estimate: {reason(row.result)}")))
         return
     several = len(row.result) > 1
     for number, e in enumerate(row.result):
@@ -77,7 +77,7 @@ def _lines(row: Row, ours: float) -> Iterator[tuple[str, ...] | str]:
 def _figures(e: Estimate) -> Iterator[str]:
     yield f"{e.steps:,}"
     yield f"{e.bundles:,.0f}"
-    yield from (f"{share:.0%}" for share in (e.mxu, e.valu, e.eup, e.load, e.store))
+    yield from (f"{share:.0%}" for share in (e.mxu, e.valu, e.eup, e.load, e.store, e.dma / e.time))
     yield f"{e.spills:,.0f}"
     yield f"{e.compute * 1e6:,.1f}"
     yield f"{e.dma * 1e6:,.1f}"

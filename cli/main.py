@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from longwave.cli.usage import UsageError
 
-SUBCOMMANDS = ("fetch", "show", "table", "reproduce", "check")
+SUBCOMMANDS = ("fetch", "show", "table", "reproduce", "check", "report")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -26,7 +26,6 @@ from longwave.kernels.partition import Axes
 AXES = ("replica", "data", "fsdp", "seq", "tensor")
 REPLICA = "replica"
 BATCH = ("data", "fsdp")
-UNUSED = ("seq",)  # named in the plan of the mesh, refused until an operation splits over it
 
 # (role, pattern of the path, spec of the trailing dimensions). Every parameter of every model matches exactly one row.
 # Stacked layers lead with one more dimension, which is never split. A spec axis that does not divide its dimension
@@ -60,9 +59,6 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None, *,
     """
     if unknown := sorted(set(sizes) - set(AXES)):
         raise ValueError(f"train.mesh names {unknown}: expected axes among {', '.join(AXES)}")
-    for axis in UNUSED:
-        if sizes.get(axis, 1) != 1:
-            raise ValueError(f"train.mesh = {dict(sizes)}: nothing splits over {axis!r} yet; expected size 1")
     devices = list(jax.devices() if devices is None else devices)
     shape = [sizes.get(axis, 1) for axis in AXES]
     known = int(np.prod([s for s in shape if s != -1]))

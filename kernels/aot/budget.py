@@ -3,8 +3,8 @@
     def test_budgets():
         budget.check(measured, Path(attention.__file__).with_name("budgets.json"))
 
-The file is chip -> case -> kernel -> row. `UPDATE_BUDGETS=1 pytest ...` writes the rows that the test measures; the diff
-then shows what changed, and a reviewer agrees to it.
+The file is chip -> case -> kernel -> row. `UPDATE_BUDGETS=1 pytest ...` writes the rows that the test measures, on
+purpose: the diff shows what got better, what worse.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from longwave.kernels.aot import frozen
-from longwave.kernels.aot.estimate import Estimate
+from longwave.kernels.aot.timing import Estimate
 
 MARGIN = 0.05
 SWITCH = "UPDATE_BUDGETS"
@@ -74,9 +74,13 @@ def _rows(measured: Mapping[str, Sequence[Estimate]]) -> Iterator[tuple[str, str
 def _worse(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     for name in _SMALLER_IS_BETTER:
         if new[name] > old[name] * (1 + MARGIN) * (1 + 1e-4):  # the file keeps five digits
-            yield f"{name} {old[name]:,.6g} -> {new[name]:,.6g}{_percent(old[name], new[name])}"
+            yield f"{name} {_number(old[name])} -> {_number(new[name])}{_percent(old[name], new[name])}"
     if new["peak"] < old["peak"] * (1 - MARGIN) * (1 - 1e-4):
         yield f"{old['peak']:.1%} -> {new['peak']:.1%} of peak{_percent(old['peak'], new['peak'])}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _percent(old: float, new: float) -> str:

@@ -32,11 +32,12 @@ def write(file: Path, table: Mapping[str, Any]) -> None:
     part = file.with_suffix(".part")
     part.write_text(_text(table) + "\n", encoding="utf-8")
     os.replace(part, file)
+    blocks.cache_clear()
 
 
 @functools.cache
 def blocks(file: Path, chip: str) -> dict[str, dict[str, int]]:
-    """Problem -> block sizes that the autotuner found fastest on a chip. A chooser asks here, then falls back on a rule.
+    """Problem -> block sizes that the autotuner found fastest on a chip: a chooser asks here, then follows a rule.
 
     Problems that no candidate could serve are left out; so is a chip that was never tuned for.
     """

@@ -29,8 +29,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from longwave.kernels.aot import ptx
 from longwave.kernels.aot.compile import compile as compile_ahead
-from longwave.kernels.aot.hlo import traffic
 from longwave.kernels.aot.report import Report
 
 INSTALL = "`uv sync --group aot-gpu` in a checkout, else `pip install {}` (Linux only)"
@@ -51,7 +51,6 @@ class Gpu:
     memory: int
     cache: int  # of the second level
     clock: float  # GHz
-    peak: float  # bfloat16 FLOPs a second, dense
 
     def target_config(self) -> str:
         """What XLA asks of a GPU, in the text form of its GpuTargetConfigProto."""
@@ -86,7 +85,6 @@ H100 = Gpu(
     memory=84_978_434_048,
     cache=52_428_800,
     clock=1.98,
-    peak=989e12,
 )
 
 
@@ -113,7 +111,7 @@ class Kernel:
     bytes: int
 
     def blocks(self, chip: Gpu) -> int:
-        """How many blocks one SM holds at once: registers go to warps by 256, a block's shared memory costs 1 KiB more."""
+        """Blocks that one SM holds at once: a warp takes registers by 256, a block 1 KiB of shared memory more."""
         warps = math.ceil(self.threads / 32)
         registers = warps * math.ceil(self.registers * 32 / 256) * 256
         return min(32, chip.threads // (warps * 32), chip.registers // registers, chip.shared // (self.shared + 1024))
@@ -142,7 +140,10 @@ class Program:
     def table(self) -> str:
         """For people: kernels first, then the program."""
         head = f"{'kernel':<34}{'launches':>9}{'blocks':>9}{'threads':>9}{'regs':>6}{'spills':>8}{'shared':>9}"
-        rows = [f"static estimates for {self.chip.name}, {self.assembler}", f"{head}{'a SM':>6}{'MMAs':>6}{'floor us':>10}"]
+        rows = [
+            f"static estimates for {self.chip.name}, {self.assembler}",
+            f"{head}{'a SM':>6}{'MMAs':>6}{'floor us':>10}",
+        ]
         for k in self.kernels:
             rows.append(
                 f"{k.name[:33]:<34}{k.launches:>9}{math.prod(k.grid):>9}{k.threads:>9}{k.registers:>6}{k.spills:>8}"
@@ -172,7 +173,9 @@ def _ptxas() -> str | None:
     """The assembler beside the plugin, which is as new as the PTX that it writes, else the one on the path."""
     nvidia = importlib.util.find_spec("nvidia") if _installed("nvidia") else None
     folders = nvidia.submodule_search_locations or () if nvidia else ()
-    found = [str(p) for folder in folders for kit in ("cu13", "cuda_nvcc") if (p := Path(folder, kit, "bin/ptxas")).exists()]
+    found = [
+        str(p) for folder in folders for kit in ("cu13", "cuda_nvcc") if (p := Path(folder, kit, "bin/ptxas")).exists()
+    ]
     return found[0] if found else shutil.which("ptxas")
 
 
@@ -205,57 +208,61 @@ def compile(fn: Callable[..., Any], *args: Any, mesh: Mesh | None = None, chip: 
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or whole)
     with tempfile.TemporaryDirectory() as folder:
         report = compile_ahead(fn, *jax.tree.map(place, args), mesh=mesh, compiler_options={"xla_dump_to": folder})
-        dump = Path(folder)
-        resources = {name: used for file in sorted(dump.glob("*.ptx")) for name, used in _assemble(file)}
-        sequence, metadata = (_only(dump, f"*.{name}.txt").read_text() for name in ("thunk_sequence", "thunk_metadata"))
-    kernels = tuple(_kernels(launches(sequence), annotations(metadata), resources, traffic(report.hlo)))
-    return Program(chip, kernels, report, assembler_version())
+        kernels = tuple(_kernels(Path(folder), report.hlo))
+    return Program(chip, kernels, report, _assembler())
 
 
-def _only(folder: Path, pattern: str) -> Path:
+def _kernels(dump: Path, hlo: str) -> Iterator[Kernel]:
+    """One for each name, in the order of first launch."""
+    launches: dict[str, list[ptx.Launch]] = {}
+    for launch in ptx.launches(_text(dump, "*.thunk_sequence.txt")):
+        launches.setdefault(launch.kernel, []).append(launch)
+    instructions, moved = ptx.instructions(_text(dump, "*.thunk_metadata.txt")), ptx.traffic(hlo)
+    assembled = {name: used for file in sorted(dump.glob("*.ptx")) for name, used in _assemble(file)}
+    for name, (first, *others) in launches.items():
+        instruction = instructions.get(first.thunk)
+        if name not in assembled or instruction not in moved:
+            where = f"HLO (as {instruction})" if name in assembled else "PTX"
+            raise ptx.DumpFormatError(f"kernel {name} is launched, but is not in the program's {where}")
+        used, tensor = assembled[name]
+        yield Kernel(
+            name,
+            launches=1 + len(others),
+            grid=first.grid,
+            threads=first.threads,
+            registers=used.registers,
+            spills=used.spills,
+            shared=used.shared + first.dynamic,
+            barriers=used.barriers,
+            tensor=tensor,
+            bytes=moved[instruction],
+        )
+
+
+def _text(folder: Path, pattern: str) -> str:
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
-        raise DumpFormatError(f"expected one file {pattern} in XLA's dump, found {[p.name for p in found]}")
-    return found[0]
+        raise ptx.DumpFormatError(f"expected one {pattern} in XLA's dump, found {[p.name for p in found]}")
+    return found[0].read_text()
 
 
-def _kernels(
-    launched: list[Launch], annotated: dict[int, str], resources: dict[str, dict[str, int]], moved: dict[str, int]
-) -> Iterator[Kernel]:
-    """One for each name, in the order of first launch."""
-    names = dict.fromkeys(launch.kernel for launch in launched)
-    for name in names:
-        of = [launch for launch in launched if launch.kernel == name]
-        instruction = annotated.get(of[0].id, "")
-        if name not in resources or instruction not in moved:
-            where = "PTX" if name not in resources else f"HLO (instruction {instruction!r})"
-            raise DumpFormatError(f"kernel {name!r} is launched, but the {where} of the program does not hold it")
-        used = dict(resources[name])
-        shared = used.pop("static") + of[0].dynamic
-        yield Kernel(
-            name, len(of), of[0].grid, of[0].threads, **used, shared=shared, bytes=moved[instruction]
-        )  # ty: ignore[missing-argument]
-
-
-def _assemble(file: Path) -> Iterator[tuple[str, dict[str, int]]]:
-    """Kernel name and what it uses, for each of a PTX file."""
-    text = file.read_text()
-    if not (names := _ENTRY.findall(text)):
+def _assemble(file: Path) -> Iterator[tuple[str, tuple[ptx.Resources, int]]]:
+    """Each kernel of a PTX file: its resources and tensor-core instructions."""
+    if (listing := ptx.listing(file.read_text())) is None:
         return
-    target = _TARGET.search(text)
-    if target is None:
-        raise DumpFormatError(f"no .target in the PTX of {', '.join(names)}")
-    command = [str(_ptxas()), "-v", f"-arch={target[1]}", str(file), "-o", os.devnull]
+    command = [str(_ptxas()), "-v", f"-arch={listing.target}", str(file), "-o", os.devnull]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{command[0]} does not assemble {', '.join(names)}: {done.stderr.strip()[-500:]}")
-    bodies = dict(zip(names, _ENTRY.split(text)[2::2], strict=True))
-    for name, used in resource_usage(done.stderr).items():
-        yield name, {**used, "tensor": len(_TENSOR.findall(bodies[name]))}
+        kernels = ", ".join(listing.tensor)
+        raise RuntimeError(f"{command[0]} does not assemble {kernels}: {done.stderr.strip()[-500:]}")
+    resources = ptx.resources(done.stderr)
+    if resources.keys() != listing.tensor.keys():
+        raise ptx.DumpFormatError(f"ptxas speaks of {sorted(resources)}, the PTX holds {sorted(listing.tensor)}")
+    yield from ((name, (used, listing.tensor[name])) for name, used in resources.items())
 
 
-def assembler_version() -> str:
-    """Which ptxas it is: other ones allot other registers."""
+def _assembler() -> str:
+    """Which ptxas it is: another one allots other registers."""
     done = subprocess.run([str(_ptxas()), "--version"], capture_output=True, text=True, check=False)
-    version = re.search(r"release ([\d.]+), V([\d.]+)", done.stdout)
-    return f"ptxas {version[2]}" if version else "ptxas of unknown version"
+    version = re.search(r"V([\d.]+)", done.stdout)
+    return f"ptxas {version[1]}" if version else "ptxas of unknown version"

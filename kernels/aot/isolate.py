@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ class ProcessDied(RuntimeError):
     """The child ended without an answer."""
 
 
-def in_subprocess(fn: Callable[..., Any], *args: Any, timeout: float = 600) -> Any:
+def in_subprocess(
+    fn: Callable[..., Any], *args: Any, timeout: float = 600, environment: Mapping[str, str] | None = None
+) -> Any:
     """`fn(*args)` in a fresh interpreter prepared for the TPU compiler; its result or exception comes back.
 
     fn is a function of an importable module; arguments and result are pickled.
+    environment: variables that the interpreter starts with beside those of this process, such as LIBTPU_INIT_ARGS.
 
     Raises:
       ProcessDied: the process was killed or aborted; the message holds the compiler's last words.
@@ -36,7 +39,7 @@ def in_subprocess(fn: Callable[..., Any], *args: Any, timeout: float = 600) -> A
             input=pickle.dumps((str(answer), fn, args)),
             capture_output=True,
             timeout=timeout,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             check=False,
         )
         if not answer.exists():

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,12 +34,12 @@ def interpreted(*, poison: bool = True, races: bool = True, cores: int = 2) -> I
     races:  two unordered accesses to one place raise RaceFound when the block ends, wherever in the block they were.
     cores:  of the chip; "parallel" grid axes are dealt out to them, in an order that is shuffled.
 
-    Reads out of bounds raise at once, as does a copy that is never waited for. A DMA moves its data only when it is
-    waited for, so that reading early reads poison.
+    Reading or writing out of bounds raises at once, and so does a block that lies wholly beyond its array. A DMA moves
+    its data when it is waited for: reading early reads poison. That it is never waited for is not noticed.
 
     Raises:
-      RaceFound: see above; the interpreter prints both places.
-      RuntimeError: no kernel ran inside (another backend's form was chosen), or a jax in which races are told otherwise.
+      RaceFound: see above; the interpreter prints or logs both places.
+      RuntimeError: no kernel ran inside (another backend's form was chosen), or this jax tells races otherwise.
     """
     settings = pltpu.InterpretParams(
         uninitialized_memory="nan" if poison else "zero",
@@ -59,7 +59,7 @@ def interpreted(*, poison: bool = True, races: bool = True, cores: int = 2) -> I
     if not states:
         raise RuntimeError("no Pallas TPU kernel ran inside `interpreted()`: call the kernel, not its operation")
     if racing := sum(state.races_found for state in states):
-        raise RaceFound(f"races in {racing} of {len(states)} kernels; both places of each are printed above")
+        raise RaceFound(f"races in {racing} of {len(states)} kernels; the interpreter printed or logged the places")
 
 
 # What is private to jax: all of it is here. The state of a kernel's races is dropped when the next one begins.
@@ -71,11 +71,11 @@ _MODULE, _STATE = "jax._src.pallas.mosaic.interpret.interpret_pallas_call", "Rac
 def _recorded() -> Iterator[list[Any]]:
     """Collects the race detector of every kernel that is interpreted inside."""
     module = sys.modules.get(_MODULE)  # loaded by what the interpreter's public names come from
-    make: Callable[..., Any] | None = getattr(module, _STATE, None)
+    make: Any = getattr(module, _STATE, None)
     if make is None or "races_found" not in {field.name for field in dataclasses.fields(make)}:
         raise RuntimeError(
-            f"jax {jax.__version__}: expected {_MODULE}.{_STATE} with a field 'races_found' (jax 0.10.2 to 0.12 have it); "
-            "without it races would go unseen"
+            f"jax {jax.__version__}: expected {_MODULE}.{_STATE} with a field 'races_found', as in jax 0.10.2 to "
+            "0.12; without it races would go unseen"
         )
     states: list[Any] = []
 
@@ -90,7 +90,7 @@ def _recorded() -> Iterator[list[Any]]:
         setattr(module, _STATE, make)
 
 
-def _only_report() -> dict[str, str]:
+def _only_report() -> dict[str, Any]:
     """From jax 0.11 on a race may raise inside the kernel; here both versions report, and the block's end raises."""
     fields = {field.name for field in dataclasses.fields(pltpu.InterpretParams)}
     return {"on_race": "warn"} if "on_race" in fields else {}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,13 +25,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longwave.kernels.aot import frozen
-from longwave.kernels.aot.estimate import Case, Estimate, estimates
+from longwave.kernels.aot.estimate import Case, CaseError, estimates
+from longwave.kernels.aot.timing import Estimate
 
 Kind = Literal["cases", "candidates"]
-Result = list[Estimate] | str  # of the kernels of one program, or why the compiler refused it
+Result = list[Estimate] | CaseError  # of the kernels of one program, or why there is none
 
 # Programs that one process compiles: starting one costs as much as a kernel or two, and results are kept after each.
 _BATCH = 4
+# No verdicts on a candidate: mistakes of its `Launch` or of the reader, and a process that somebody else ended.
+_NO_VERDICT = re.compile(r"\b(LaunchError|ScheduleFormatError|SIGKILL|SIGTERM|SIGINT)\b")
+_OUT_OF_VMEM = re.compile(
+    r"Scoped allocation with size \S+ and limit \S+ exceeded scoped vmem limit by [\d.]+\w"
+    r"|Allocation \(size=\d+\) would exceed memory \(size=\d+\)"
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,14 @@ class Entry:
 
 def seconds(result: Result) -> float:
     """Of all kernels of a program, one after the other; infinite where it was refused."""
-    return float("inf") if isinstance(result, str) else sum(e.time for e in result)
+    return float("inf") if isinstance(result, CaseError) else sum(e.time for e in result)
+
+
+def reason(error: CaseError) -> str:
+    """Why a program has no estimate, in a line: what the compiler says of memory, else how its message begins."""
+    text = " ".join(str(error).split())
+    match = _OUT_OF_VMEM.search(text)
+    return match[0] if match else text[:200]
 
 
 def measure(
@@ -76,7 +91,9 @@ def measure(
     progress = _Progress(f"{operation.removesuffix('.report').rpartition('.')[2]} on {chip}", len(picks))
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     try:
-        running = {pool.submit(estimates, _build, operation, kind, chip, batch): batch for batch in batches}
+        running = {
+            pool.submit(estimates, _build, operation, kind, chip, batch, return_errors=True): batch for batch in batches
+        }
         for done in concurrent.futures.as_completed(running):
             progress.advance(len(running[done]))
             yield from zip(running[done], done.result(), strict=True)
@@ -101,6 +118,9 @@ def tune(
 
     file:  the table; by default `blocks.json` beside the module.
     again: compile everything, also what the table knows. Without it, rows of another libtpu stay, and stderr says so.
+
+    Raises:
+      CaseError: a candidate's `Launch` is wrong, its schedule cannot be read, or its process was killed (memory).
     """
     module = importlib.import_module(operation)
     file = file or Path(str(module.__file__)).with_name("blocks.json")
@@ -120,7 +140,9 @@ def tune(
     tried = lambda i: rows[entries[i].problem]["tried"]
     picks = [(i, j) for i, e in enumerate(entries) for j, c in enumerate(e.candidates) if c.label not in tried(i)]
     for (i, j), result in measure(operation, "candidates", chip, picks, jobs=jobs):
-        outcome = result if isinstance(result, str) else seconds(result)
+        if isinstance(result, CaseError) and _NO_VERDICT.search(str(result)):
+            raise result
+        outcome = reason(result) if isinstance(result, CaseError) else seconds(result)
         rows[entries[i].problem] = _row(
             entries[i], {**tried(i), entries[i].candidates[j].label: outcome}, frozen.libtpu()
         )

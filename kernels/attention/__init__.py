@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longwave.kernels.attention import flash, reference
+from longwave.kernels.attention import ring
+from longwave.kernels.attention.forms import FEW_QUERIES, Backend, choose
 from longwave.kernels.attention.mask import Blocks, Causal, Mask, Sinks, Window
 from longwave.kernels.attention.reference import Coordinates, Scores, merge
 from longwave.kernels.partition import Axes, parts, sharded
 
 __all__ = ["Blocks", "Causal", "Mask", "Sinks", "Window", "attention", "merge"]
 
-# Few queries (decoding) or few scores: reading keys where they lie beats laying them out in blocks.
-FEW_QUERIES, FEW_SCORES = 4, 32**2
-
 Ids = Int[Array, "*b t"] | tuple[Int[Array, "*b tq"] | None, Int[Array, "*b tk"] | None] | None
-Backend = Literal["auto", "reference", "chunked"]
 
 
 def attention(
@@ -50,17 +46,21 @@ def attention(
     softcap:      c: the scaled scores s become c tanh(s / c); None: they stay.
     return_lse:   also the log-sum-exp of each query's scores, float32.
     backend:      "auto": by shape and by the platform that is compiled for. Or the form's name.
-    axes:         mesh axes that split batch and heads; time is gathered.
+    axes:         mesh axes that split batch, heads and time; keys then go round a ring.
 
     The output has v's dtype; softmax and sums are float32. A query that sees nothing gives 0 (lse -inf).
     """
     _check(q, k, v, softcap)
     q_at, k_at = _coordinates(q, k, positions, segment_ids)
     scores = Scores(mask, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
-    form = _form(backend, q, k, v, q_at, k_at, scores)
-    k, v, axes = _key_heads_by_part(q, k, v, axes)
-    dims = ("b.h.", "b.h.", "b.h.", *jax.tree.map(lambda x: "b."[2 - x.ndim :], (q_at, k_at)))
-    o, lse = sharded(form, axes, dims, ("b.h.", "b.h"))(q, k, v, q_at, k_at)
+    axes = _axes(axes, q, k)
+    around = None
+    if axes.seq:
+        around = ring.ring(axes.seq, parts(axes.seq), mask, q_at, k_at, q.shape[1], k.shape[1])
+    form = choose(backend, q, k, v, q_at, k_at, scores, return_lse=return_lse, around=around)
+    k, v = _key_heads_by_part(q, k, v, axes)
+    dims = ("bth.", "bth.", "bth.", *jax.tree.map(lambda x: "bt"[2 - x.ndim :], (q_at, k_at)))
+    o, lse = sharded(form, axes, dims, ("bth.", "bth"))(q, k, v, q_at, k_at)
     return (o, lse) if return_lse else o
 
 
@@ -75,11 +75,15 @@ def _coordinates(q: Array, k: Array, positions: Ids, segment_ids: Ids) -> tuple[
     return Coordinates(q_positions, q_segments), Coordinates(k_positions, k_segments)
 
 
-def _form(backend: Backend, q: Array, k: Array, v: Array, q_at: Coordinates, k_at: Coordinates, scores: Scores):
-    tq, tk = q.shape[1], k.shape[1]
-    if backend == "reference" or (backend == "auto" and (tq <= FEW_QUERIES or tq * tk <= FEW_SCORES)):
-        return partial(reference.attention, scores=scores)
-    return partial(flash.attention, flash.Forms(), scores)
+def _axes(axes: Axes, q: Array, k: Array) -> Axes:
+    """Without axes of heads that do not divide them, and those of time for a few queries: these stay whole."""
+    n = parts(axes.seq)
+    if q.shape[1] <= FEW_QUERIES or n == 1:
+        axes = dataclasses.replace(axes, seq=None)
+    elif q.shape[1] % n or k.shape[1] % n:
+        lengths = f"{q.shape[1]} queries and {k.shape[1]} keys"
+        raise ValueError(f"attention: {n} devices along {axes.seq!r} must divide {lengths}")
+    return axes.for_heads(q.shape[2])
 
 
 def _check(q: Array, k: Array, v: Array, softcap: float | None) -> None:
@@ -94,11 +98,7 @@ def _check(q: Array, k: Array, v: Array, softcap: float | None) -> None:
         raise ValueError(f"attention: softcap = {softcap} must be positive, or None")
 
 
-def _key_heads_by_part(q: Array, k: Array, v: Array, axes: Axes) -> tuple[Array, Array, Axes]:
-    """Repeats key heads that parts of the query heads share: each part then holds what it reads, no more.
-
-    Query heads that the mesh axes do not divide stay whole.
-    """
-    axes = axes.for_heads(q.shape[2])
+def _key_heads_by_part(q: Array, k: Array, v: Array, axes: Axes) -> tuple[Array, Array]:
+    """Repeats key heads that parts of the query heads share: each part then holds what it reads, no more."""
     times = math.lcm(k.shape[2], parts(axes.heads)) // k.shape[2]
-    return jnp.repeat(k, times, axis=2), jnp.repeat(v, times, axis=2), axes
+    return jnp.repeat(k, times, axis=2), jnp.repeat(v, times, axis=2)

@@ -11,7 +11,8 @@ Which blocks are live is asked of the mask and of the segments as the program ru
 a window its width, and packed documents or padded rows what their own lengths cost.
 
 Letters: r rows, one for each batch and key head, n blocks of c tokens, g query heads that share a key head,
-m = g c queries of a block.
+m = g c queries of a block. Products are written so that none contracts the rows of both operands: XLA's CPU
+backend has no fast matmul for that.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class _Cut:
     def __init__(self, q: Array, k: Array, q_at: Coordinates, k_at: Coordinates, block: int):
         self.b, self.tq, self.h = q.shape[:3]
         self.tk, self.kv = k.shape[1:3]
-        (self.nq, self.cq), (self.nk, self.ck) = _split(self.tq, block), _split(self.tk, block)
+        of_queries = max(8, block * self.kv // self.h // 8 * 8)  # m stays about as large as a block of keys
+        (self.nq, self.cq), (self.nk, self.ck) = _split(self.tq, of_queries), _split(self.tk, block)
         q_at, k_at = q_at.placed(self.tq), k_at.placed(self.tk)
         if k_at.segment is None and self.nk * self.ck > self.tk:  # the padding must be told from keys
             q_at, k_at = (x._replace(segment=jnp.zeros_like(x.position)) for x in (q_at, k_at))
@@ -202,13 +204,14 @@ def _forward_row(scores, visits, q, k, v, q_at, k_at):
 
 
 def _backward_row(scores, visits, q, do, lse, delta, k, v, q_at, k_at):
-    """Gradients of one row's q, k and v; dk and dv gather their sums in float32 across query blocks."""
+    """Gradients of one row's q, k and v; dk and dv gather their sums in float32, (n, ., c), across query blocks."""
     blind = lse == -jnp.inf
     lse = jnp.where(blind, 0.0, lse)  # exp(HIDDEN - 0) is 0: a query that sees nothing has no gradient
     delta = jnp.where(blind, 0.0, delta)
 
     def query_block(sums, xs):
         q, do, lse, delta, q_at, order, live = xs
+        q_turned, do_turned = q.T, do.T
 
         def key_block(i, sums):
             dq, dk, dv = sums
@@ -220,11 +223,13 @@ def _backward_row(scores, visits, q, do, lse, delta, k, v, q_at, k_at):
                 ds = ds * (1 - (jnp.maximum(s, -scores.softcap) / scores.softcap) ** 2)
             ds = scores.scale * ds
             dq = dq + einsum32("mc,cd->md", ds, k[j])
-            return dq, dk.at[j].add(einsum32("mc,md->cd", ds, q)), dv.at[j].add(einsum32("mc,md->cd", p, do))
+            dk = dk.at[j].add(einsum32("dm,mc->dc", q_turned, ds))
+            return dq, dk, dv.at[j].add(einsum32("dm,mc->dc", do_turned, p))
 
         dq, dk, dv = lax.fori_loop(0, live, key_block, (jnp.zeros(q.shape), *sums))
         return (dk, dv), dq.astype(q.dtype)
 
-    xs = (q, do, lse, delta, q_at, *visits)
-    (dk, dv), dq = lax.scan(query_block, (jnp.zeros(k.shape), jnp.zeros(v.shape)), xs)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+    turned = lambda x: jnp.swapaxes(x, -1, -2)
+    zeros = jnp.zeros(turned(k).shape), jnp.zeros(turned(v).shape)
+    (dk, dv), dq = lax.scan(query_block, zeros, (q, do, lse, delta, q_at, *visits))
+    return dq, turned(dk).astype(k.dtype), turned(dv).astype(v.dtype)

@@ -1,13 +1,14 @@
 """The diagonal linear recurrence h_t = a_t h_{t-1} + x_t, real or complex, in either direction.
 
-One token is a step of the recurrence; CPUs run chunks side by side, other backends compose by
-`associative_scan`. All of them are sweeps of one `step`, and so is the gradient, which keeps a and h alone.
+One token is a step of the recurrence; CPUs run chunks side by side, TPUs a kernel that passes over memory once, other
+backends compose by `associative_scan`. All are sweeps of one `step`, and so is the gradient, which keeps a and h alone.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from longwave.kernels.linear_scan import associative, chunked, reference
+from longwave.kernels.linear_scan import associative, chunked, pallas_tpu, reference
 from longwave.kernels.linear_scan.pair import Number, Pair, float32, pair, shape, through, where, zero_like
 from longwave.kernels.linear_scan.reference import Sweep, Tokens
 from longwave.kernels.partition import Axes, parts, sharded
@@ -77,26 +78,79 @@ def _sweep(tokens: Tokens, state: Number, sweep: Sweep, axes: Axes) -> tuple[Num
     if shape(tokens.x)[1] == 1 and not axes.seq:
         out, final = reference.sweep_tokens(tokens, state, sweep)
         return out, final, jax.tree.map(lambda v: v[None], state)
-    return jax.lax.platform_dependent(
-        tokens,
-        state,
-        cpu=lambda tokens, state: _parallel(chunked.sweep_tokens, tokens, state, sweep, axes),
-        default=lambda tokens, state: _parallel(associative.sweep_tokens, tokens, state, sweep, axes),
-    )
+
+    def kernel(tokens: Tokens, state: Number) -> tuple[Number, Number, Number]:
+        handed, after = _handed(lambda: pallas_tpu.compose(tokens, sweep), state, sweep, axes)
+        out, last = pallas_tpu.sweep_tokens(tokens, handed, sweep)
+        return out, last if after is None else after, jax.tree.map(lambda v: v[None], handed)
+
+    form = lambda form: lambda tokens, state: _parallel(form, tokens, state, sweep, axes)
+    return _by_platform(form, kernel, tokens, state)
+
+
+def _adjoint(tokens: Tokens, state: Number, h: Number, handed: Number, sweep: Sweep, axes: Axes) -> tuple:
+    """(out, final state, the gradient of a) of an adjoint on one device's shard.
+
+    h, handed: what the sweep the other way put out, and what it was handed (1, b, d).
+    The gradient is float32; of a (d,) it is the sum over time (b, d).
+    """
+
+    def kernel(tokens: Tokens, state: Number, h: Number, handed: Number) -> tuple[Number, Number, Number]:
+        to_adjoint, after = _handed(lambda: pallas_tpu.compose(tokens, sweep), state, sweep, axes)
+        g, last, da = pallas_tpu.adjoint(tokens, to_adjoint, h, jax.tree.map(itemgetter(0), handed), sweep)
+        return g, last if after is None else after, da
+
+    def form(form: Callable) -> Callable:
+        return lambda *args: _with_gradient(lambda *args: _parallel(form, *args, axes), *args, sweep)
+
+    if shape(tokens.x)[1] == 1 and not axes.seq:
+        return _with_gradient(lambda *args: _sweep(*args, axes), tokens, state, h, handed, sweep)
+    return _by_platform(form, kernel, tokens, state, h, handed)
+
+
+def _with_gradient(
+    run: Callable, tokens: Tokens, state: Number, h: Number, handed: Number, sweep: Sweep
+) -> tuple[Number, Number, Number]:
+    g, final, _ = run(tokens, state, sweep)
+    da = float32(g) * float32(_before(h, handed, tokens.reset, tokens.valid, not sweep.reverse)).conj()
+    if len(shape(tokens.a)) == 1:
+        return g, final, jax.tree.map(lambda v: jnp.sum(v, 1), da)
+    return g, final, jax.tree.map(lambda v, like: v.astype(like.dtype), da, tokens.a)
+
+
+def _by_platform(form: Callable, kernel: Callable, tokens: Tokens, *args: Number) -> Any:
+    """`form` of what suits the platform that is compiled for; on TPUs `kernel`, where it serves such tokens."""
+    own: dict[str, Callable] = {"cpu": form(chunked.sweep_tokens), "tpu": kernel}
+    if reason := pallas_tpu.refusal(tokens):
+        _log(f"on TPUs linear_scan runs by associative_scan, not by its kernel: {reason}")
+        del own["tpu"]
+    return jax.lax.platform_dependent(tokens, *args, default=form(associative.sweep_tokens), **own)
+
+
+@cache
+def _log(message: str) -> None:
+    """Once."""
+    logging.getLogger(__name__).info(message)
 
 
 def _parallel(form: Callable, tokens: Tokens, state: Number, sweep: Sweep, axes: Axes) -> tuple:
     """A form that first says what map its tokens are altogether, and then asks what they are handed."""
-    handed, final = state, None
+    handed = after = None
 
     def incoming(P: Number, S: Number) -> Number:
-        nonlocal handed, final
-        if axes.seq:
-            handed, final = _over_devices(P, S, state, sweep, axes)
+        nonlocal handed, after
+        handed, after = _handed(lambda: (P, S), state, sweep, axes)
         return handed
 
     out, last = form(tokens, incoming, sweep)
-    return out, last if final is None else final, jax.tree.map(lambda v: v[None], handed)
+    return out, last if after is None else after, jax.tree.map(lambda v: v[None], handed)
+
+
+def _handed(
+    maps: Callable[[], tuple[Number, Number]], state: Number, sweep: Sweep, axes: Axes
+) -> tuple[Number, Number | None]:
+    """(what this device's tokens are handed, the state after those of all devices). Alone: (state, None)."""
+    return _over_devices(*maps(), state, sweep, axes) if axes.seq else (state, None)
 
 
 def _over_devices(P: Number, S: Number, state: Number, sweep: Sweep, axes: Axes) -> tuple[Number, Number]:
@@ -141,12 +195,12 @@ def _scan_bwd(reverse: bool, axes: Axes, residuals: tuple, cotangents: tuple[Num
     dh, dfinal = cotangents
 
     def run(a: Number, h: Number, handed: Number, dh: Number, dfinal: Number, *masks: Array | None) -> tuple:
-        g, dstate, _ = _sweep(Tokens(a, dh, *masks), dfinal, Sweep(not reverse, adjoint=True), axes)
-        da = float32(g) * float32(_before(h, handed, *masks, reverse)).conj()
+        g, dstate, da = _adjoint(Tokens(a, dh, *masks), dfinal, h, handed, Sweep(not reverse, adjoint=True), axes)
         if len(shape(a)) == 1:
-            da = jax.tree.map(lambda v: jnp.sum(v, (0, 1)), da)
+            da = jax.tree.map(lambda v: jnp.sum(v, 0), da)
             da = jax.lax.psum(da, names) if (names := (*_names(axes.batch), *_names(axes.seq))) else da
-        return jax.tree.map(lambda v, like: v.astype(like.dtype), da, a), g, dstate
+            da = jax.tree.map(lambda v, like: v.astype(like.dtype), da, a)
+        return da, g, dstate
 
     operands = (a, h, handed, dh, dfinal, reset, valid)
     dims = (_dims(a), _dims(h), _dims(handed, "tbh"), _dims(dh), _dims(dfinal), _dims(reset), _dims(valid))

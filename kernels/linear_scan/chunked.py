@@ -27,7 +27,7 @@ def sweep_tokens(tokens: Tokens, incoming: Incoming, sweep: Sweep) -> tuple[Numb
     c = chunk_length(t)
     k = -(-t // c)
     if k * c > t:
-        tokens = _pad(tokens, k * c)
+        tokens = pad(tokens, k * c)
     constant = len(shape(tokens.a)) == 1
     split = lambda v: v[None, None] if v.ndim == 1 else v.reshape(b, k, c, v.shape[-1])
     chunks = jax.tree.map(split, tokens)
@@ -84,7 +84,7 @@ def _across(P: Number, S: Number, incoming: Incoming, sweep: Sweep) -> Number:
     return through(P, jax.tree.map(lambda v: v[:, None], incoming(*whole))) + S
 
 
-def _pad(tokens: Tokens, length: int) -> Tokens:
+def pad(tokens: Tokens, length: int) -> Tokens:
     """Invalid tokens behind the last, up to `length`."""
     b, t = shape(tokens.x)[:2]
     valid = jnp.ones((b, t, 1), bool) if tokens.valid is None else tokens.valid

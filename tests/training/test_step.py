@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longwave import models
+from longwave import layers, models
 from longwave.kernels.partition import Axes
 from longwave.layers.mixer import Context
 from longwave.layers.mlp import MLP
@@ -132,6 +133,23 @@ def test_another_mesh_gives_the_same_run(mesh):
         jax.tree.leaves(many.model_state),
         jax.tree.leaves(one.model_state),
         strict=True,
+    ):
+        assert_close(a, b, 10 * OTHER_MESH, name)
+
+
+def three_mixers(inputs, *, rngs):
+    """Time goes round a ring, is composed over devices, and is gathered: one layer of each kind."""
+    mixers = (partial(layers.Attention, heads=2), partial(layers.LRU, N=4), partial(layers.S4D, N=4))
+    return backbone(inputs, rngs=rngs, depth=3, mixers=mixers, tie_dropout=False)
+
+
+@pytest.mark.full
+def test_time_over_devices_gives_the_same_run():
+    _, one, log = train(make_run(backbone=three_mixers), 3)
+    _, many, logs = train(make_run(backbone=three_mixers, mesh={"data": 2, "seq": 2, "tensor": 2}), 3)
+    assert_close(logs[-1]["loss"], log[-1]["loss"], OTHER_MESH)
+    for name, a, b in zip(
+        paths(one.model_state), *map(jax.tree.leaves, (many.model_state, one.model_state)), strict=True
     ):
         assert_close(a, b, 10 * OTHER_MESH, name)
 

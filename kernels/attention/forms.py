@@ -1,0 +1,91 @@
+"""Which form computes a call, and why: `choose` is the rule.
+
+    "reference"   all scores at once                     few queries or few scores, off TPUs with many keys
+    "chunked"     blocks in plain JAX                    CPUs; whatever a kernel refuses
+    "pallas"      the kernels of TPUs and of GPUs        where they take the call
+    "auto"        the best of these, on each platform that the program may be compiled for
+
+What a kernel refuses is logged once, with the reason (level INFO); "pallas" by name raises it instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+from jaxtyping import Array
+
+from longwave.kernels.attention import chunked, flash, gpu, pallas_gpu, pallas_tpu, reference, ring
+from longwave.kernels.attention.flash import Form, Forms
+from longwave.kernels.attention.reference import Coordinates, Scores
+
+Backend = Literal["auto", "reference", "chunked", "pallas"]
+Attend = Callable[[Array, Array, Array, Coordinates, Coordinates], tuple[Array, Array]]
+
+# Few queries (decoding) or few scores: reading keys where they lie beats laying them out in blocks. With many keys
+# the TPU kernel reads the live ones alone.
+FEW_QUERIES, FEW_SCORES, MANY_KEYS = 4, 32**2, 1024
+
+TPU = Form(pallas_tpu.forward, pallas_tpu.backward)
+
+
+def few_forward(*args: Any) -> tuple[Array, Array]:
+    *args, scores = args
+    return reference.attention(*args, scores=scores)
+
+
+FEW = Form(few_forward, chunked.backward)
+
+
+def choose(
+    backend: Backend,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_at: Coordinates,
+    k_at: Coordinates,
+    scores: Scores,
+    *,
+    return_lse: bool,
+    around: ring.Ring | None,
+) -> Attend:
+    """The form for arrays of these shapes and dtypes. around: the devices that time is split over."""
+    if around is not None:
+        forms = _forms(backend, q, k, v, q_at.placed(q.shape[1]), k_at.placed(k.shape[1]), scores)
+        return partial(ring.attention, forms, scores, around)
+    few_scores = q.shape[1] * k.shape[1] <= FEW_SCORES
+    if backend == "reference" or (backend == "auto" and few_scores):
+        return partial(reference.attention, scores=scores)
+    attend = partial(flash.attention, _forms(backend, q, k, v, q_at, k_at, scores), scores)
+    on_gpu = backend == "auto" and gpu.choose(q, k, v, q_at, k_at, scores, return_lse=return_lse)
+    return gpu.with_cudnn(attend, scores) if on_gpu and on_gpu.form == "cudnn" else attend
+
+
+def _forms(backend: Backend, q: Array, k: Array, v: Array, q_at: Coordinates, k_at: Coordinates, scores: Scores):
+    call = q, k, v, q_at, k_at, scores
+    match backend:
+        case "chunked":
+            return Forms()
+        case "pallas":
+            for reason in (pallas_tpu.supports(*call), pallas_gpu.supports(*call)):
+                if reason is not None:
+                    raise ValueError(f"attention: backend = 'pallas' does not take this call: {reason}")
+            return Forms(TPU, gpu.PALLAS, default=TPU)
+        case "auto":
+            few = q.shape[1] <= FEW_QUERIES
+            tpu = None if few and k.shape[1] < MANY_KEYS else TPU
+            if tpu and (reason := pallas_tpu.supports(*call)):
+                _log(reason)
+                tpu = None
+            cuda = gpu.PALLAS if not few and pallas_gpu.supports(*call) is None else None
+            return Forms(tpu, cuda, default=FEW if few else flash.CHUNKED)
+        case _:
+            raise ValueError(f"attention: backend = {backend!r}; expected auto, reference, chunked or pallas")
+
+
+@functools.cache
+def _log(reason: str) -> None:
+    logging.getLogger(__name__).info("attention on TPUs: chunked; not pallas: %s", reason)

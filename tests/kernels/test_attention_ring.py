@@ -1,0 +1,114 @@
+"""Time split over devices equals attention in one place: values, gradients, balance, and no gathered keys."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from longwave.kernels.attention import Causal, Mask, Window, attention
+from longwave.kernels.attention.mask import Blocks
+from longwave.kernels.attention.reference import Coordinates
+from longwave.kernels.attention.ring import Ring, _stretches, ring
+from longwave.kernels.partition import Axes
+from tests.tolerances import ATTENTION_FORWARD, ATTENTION_GRADIENT, assert_close
+
+B, T, H, KV, D, DV = 2, 64, 4, 2, 8, 6
+AT = Coordinates()
+
+
+def oracle(q, k, v, do, dlse, see):
+    """o, lse and gradients in float64; `see` is (b, t, t)."""
+    g = H // KV
+    k, v = (np.repeat(x, g, axis=2) for x in (k, v))
+    s = np.where(see[:, None], np.einsum("bqhd,bkhd->bhqk", q, k) * D**-0.5, -np.inf)
+    m = np.max(s, -1, keepdims=True)
+    lse = m + np.log(np.exp(s - m).sum(-1, keepdims=True))
+    p = np.exp(s - lse)
+    o = np.einsum("bhqk,bkhd->bqhd", p, v)
+    dp = np.einsum("bqhd,bkhd->bhqk", do, v)
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True) + np.moveaxis(dlse, 2, 1)[..., None]) * D**-0.5
+    by_key_head = lambda x: x.reshape(B, T, KV, g, -1).sum(3)
+    dk, dv = np.einsum("bhqk,bqhd->bkhd", ds, q), np.einsum("bhqk,bqhd->bkhd", p, do)
+    dq = np.einsum("bhqk,bkhd->bqhd", ds, k)
+    return o, np.moveaxis(lse[..., 0], 1, 2), dq, by_key_head(dk), by_key_head(dv)
+
+
+I, J = np.arange(T)[:, None], np.arange(T)[None, :]
+CASES = {
+    "full": (Mask(), J <= T),
+    "causal": (Causal(), J <= I),
+    "window": (Causal() & Window(9), (J <= I) & (I - J < 9)),
+    "two-sided window": (Window(5), abs(I - J) < 5),
+    "documents": (Causal(), J <= I),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ring_equals_the_oracle(name):
+    mask, see = CASES[name]
+    draw = np.random.default_rng(0).normal
+    arrays = [draw(size=(B, T, n, d)) for n, d in ((H, D), (KV, D), (KV, DV), (H, DV))] + [draw(size=(B, T, H))]
+    see = np.broadcast_to(see, (B, T, T))
+    ids = {}
+    if name == "documents":
+        segment = np.array([[0] * 30 + [1] * 34, [0] * 7 + [1] * 57])
+        position = np.concatenate([np.r_[:30, :34][None], np.r_[:7, :57][None]])
+        ids = {"segment_ids": jnp.asarray(segment), "positions": jnp.asarray(position)}
+        see = see & (segment[:, :, None] == segment[:, None, :])
+    mesh = jax.make_mesh((2, 4), ("rows", "time"), axis_types=(AxisType.Auto,) * 2)
+    form = partial(attention, mask=mask, return_lse=True, axes=Axes(batch="rows", seq="time"), **ids)
+
+    @jax.jit
+    def run(q, k, v, do, dlse):
+        (o, lse), pull = jax.vjp(form, q, k, v)
+        return o, lse, *pull((do, dlse))
+
+    with jax.set_mesh(mesh):
+        compiled = run.lower(*(x.astype(np.float32) for x in arrays)).compile()
+        got = compiled(*(x.astype(np.float32) for x in arrays))
+    want = oracle(*arrays, see)
+    for what, x, y in zip(("o", "lse", "dq", "dk", "dv"), got, want, strict=True):
+        tolerance = (ATTENTION_GRADIENT if what[0] == "d" else ATTENTION_FORWARD)["float32"]
+        assert_close(x, y, tolerance, what)
+    assert "all-gather(" not in compiled.as_text()
+
+
+@pytest.mark.parametrize(
+    ("mask", "start", "steps", "zigzag"),
+    [
+        (Mask(), 0, 8, False),
+        (Causal(), 0, 8, True),
+        (Causal() & Window(9), 0, 2, False),  # one's own share, and the one before
+        (Causal() & Window(10), 0, 3, False),  # a share is 8 tokens: the first sees 9 back, into the second before
+        (Window(9), 7, 3, False),  # and the one behind
+        (Blocks(8), 0, 1, False),
+    ],
+    ids=str,
+)
+def test_steps_in_which_nobody_sees_anything_are_left_out(mask, start, steps, zigzag):
+    assert ring("t", 8, mask, AT, AT, 64, 64)[2:] == (start, steps, zigzag)
+
+
+def test_lengths_that_devices_do_not_divide_are_named():
+    mesh = jax.make_mesh((8,), ("time",), axis_types=(AxisType.Auto,))
+    x = jnp.zeros((1, 36, 1, 8))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="8 devices along 'time' must divide 36 queries and 36"):
+        attention(x, x, x, axes=Axes(seq="time"))
+
+
+@pytest.mark.parametrize("n", [2, 4, 7])
+def test_every_device_has_the_same_causal_work_in_every_step(n):
+    """Stretches as they are traded, one token each: visible pairs of each device and step differ by one at most."""
+    owner = {2 * i + half: j for half, pairs in enumerate(_stretches(Ring("t", n, 0, n, True))) for i, j in pairs}
+    held = [[c for c in owner if owner[c] == i] for i in range(n)]
+    assert all(len(stretches) == 2 for stretches in held)
+    work = [[sum(k <= q for q in held[i] for k in held[(i - s) % n]) for s in range(n)] for i in range(n)]
+    assert np.ptp(np.array(work)[:, 1:]) == 0
+    assert {row[0] for row in work} == {3}  # its own: one stretch whole and both diagonals
+    contiguous = [
+        [sum(k <= q for q in (2 * i, 2 * i + 1) for k in (2 * j, 2 * j + 1)) for j in range(n)] for i in range(n)
+    ]
+    assert np.ptp(contiguous) == 4
