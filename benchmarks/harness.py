@@ -40,11 +40,11 @@ class Claim(NamedTuple):
     limit: float
 
 
-def pin(core: int) -> None:
-    """Keep this process on one core. Call before a numerical library is imported: it counts cores."""
+def pin(*cores: int) -> None:
+    """Keep this process on these cores. Call before a numerical library is imported: it counts cores."""
     # Without the filter, an error's own line is the last one that JAX prints.
-    os.environ.update(OMP_NUM_THREADS="1", JAX_PLATFORMS="cpu", JAX_TRACEBACK_FILTERING="off")
-    os.sched_setaffinity(0, {core})
+    os.environ.update(OMP_NUM_THREADS=str(len(cores)), JAX_PLATFORMS="cpu", JAX_TRACEBACK_FILTERING="off")
+    os.sched_setaffinity(0, cores)
 
 
 def serve(step: Callable[[], object], warmup: int = 2) -> None:

@@ -84,7 +84,7 @@ def test_the_wheel_holds_every_module_and_config(wheel):
     expected = {
         f"longwave/{path.relative_to(ROOT)}"
         for room in rooms
-        for pattern in ("*.py", "*.gin", "*.toml")
+        for pattern in ("*.py", "*.gin", "*.toml", "*.json")
         for path in (ROOT / room).rglob(pattern)
     }
     assert expected - names == set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 # Seconds around one call that no schedule shows: the host hands the program over. Together with `Chip.step` fitted on
 # the six times of a tiled matmul on v5e that JAX's Pallas guide prints (docs/pallas/tpu/matmul). Of a program, not of a
@@ -40,13 +41,22 @@ class Chip:
         return self.clock * self.cores * self.mxus * 2 * 16 * self.side**2 / self.cycles
 
 
-# cores, mxus, side, vmem, bandwidth: jax's `pltpu.get_tpu_info()`. cycles: read off schedules of compute-bound matmuls.
+# cores, mxus, side, vmem, bandwidth: jax's `pltpu.get_tpu_info()` (of v5p Google's page says 2.765e12 bytes a second).
+# cycles: read off schedules of compute-bound matmuls.
 # clock: the published bf16 peak (197, 459 and 918 TFLOP/s: Google Cloud's pages of the chips) over the FLOPs a cycle.
-CHIPS: Mapping[str, Chip] = {
-    chip.name: chip
-    for chip in (
-        Chip("v5e", "v5e:2x2", "TPU v5 lite", 1.5e9, 1, 4, 128, 16, 8.2e11, 128 << 20),
-        Chip("v5p", "v5p:2x2x1", "TPU v5", 1.75e9, 2, 4, 128, 16, 2.46e12, 64 << 20),
-        Chip("v6e", "v6e:2x2", "TPU v6 lite", 1.75e9, 1, 2, 256, 8, 1.64e12, 128 << 20),
-    )
-}
+_V5: Any = {"mxus": 4, "side": 128, "cycles": 16}
+_V5E = Chip("v5e", "v5e:2x2", "TPU v5 lite", clock=1.5e9, cores=1, **_V5, bandwidth=8.20e11, vmem=128 << 20)
+_V5P = Chip("v5p", "v5p:2x2x1", "TPU v5", clock=1.75e9, cores=2, **_V5, bandwidth=2.46e12, vmem=64 << 20)
+_V6E = Chip(
+    "v6e",
+    "v6e:2x2",
+    "TPU v6 lite",
+    clock=1.75e9,
+    cores=1,
+    mxus=2,
+    side=256,
+    cycles=8,
+    bandwidth=1.64e12,
+    vmem=128 << 20,
+)
+CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in (_V5E, _V5P, _V6E)}

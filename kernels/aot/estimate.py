@@ -32,7 +32,7 @@ from longwave.kernels.aot.timing import Estimate, Launch, LaunchError, weigh
 from longwave.kernels.aot.topology import mesh, topology
 
 _KERNEL = re.compile(
-    r'%(?P<hlo>[\w.-]+) = [^\n]*custom_call_target="tpu_custom_call", '
+    r'%(?P<hlo>[\w.-]+) = (?P<results>[^\n]*?) custom-call\([^\n]*custom_call_target="tpu_custom_call", '
     r"operand_layout_constraints=\{(?P<operands>(?:[^{}]|\{[^{}]*\})*)\}"
     r'.*?op_name="(?P<scope>[^"]*)/pallas_call"',
     re.DOTALL,
@@ -84,7 +84,7 @@ def estimates(
       subprocess.TimeoutExpired: after `timeout` seconds.
     """
     if build.__module__ == "__main__":
-        raise ValueError(f"build {build.__qualname__}: expected a function of an importable module, it is in __main__")
+        raise ValueError(f"build: expected a function of an importable module, found {build} of __main__")
     with tempfile.TemporaryDirectory() as folder:
         flags = f"{_FLAGS}{folder}/{_DUMP}"
         # What this process asks of XLA (tests: to compile fast for the CPU) must not change an estimate.
@@ -138,46 +138,75 @@ def _estimate(case: Case, dump: Path) -> list[Estimate]:
     if not report.fits:
         raise MemoryError(report.verdict)
     with jax.sharding.use_abstract_mesh(device.abstract_mesh):
-        called = list(pipeline.equations(jitted.trace(*args).jaxpr.jaxpr))
-    found = []
-    for match in _KERNEL.finditer(report.hlo):
-        scope = re.findall(r"[^()]+", match["scope"].rpartition("/")[2])[-1]
-        equation = _called_as(scope, match["operands"], called)
-        key, launch = _launch(case, equation.params["name"] or scope, named=equation.params["name"] is not None)
-        kernel = pipeline.read(equation, launch.prefetch)
-        schedule = _schedule(dump, match["hlo"])
-        found.append((key, weigh(schedule, dataclasses.replace(kernel, name=key), launch, chip)))
-    if silent := set(case.launches) - {key for key, _ in found}:
-        raise LaunchError(f"no kernel {', '.join(sorted(silent))} was compiled, only {[key for key, _ in found]}")
-    return [estimate for _, estimate in found]
-
-
-def _called_as(scope: str, operands: str, called: list[Any]) -> Any:
-    """The `pallas_call` that a custom call comes from: by its name, and by its operands where that is not enough."""
-    alike = [e for e in called if e.params["name"] == scope] or [e for e in called if e.params["name"] is None]
-    shapes = [tuple(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\w+\[([\d,]*)\]", operands)]
-    fit = [e for e in alike if [v.aval.shape for v in e.invars] == shapes]
-    if len({str(e.params["grid_mapping"]) for e in fit}) != 1:
+        equations = list(pipeline.equations(jitted.trace(*args).jaxpr.jaxpr))
+    found, compiled = [], [_Compiled.of(match) for match in _KERNEL.finditer(report.hlo)]
+    # Of kernels that are the same only one is written out.
+    schedules = {dataclasses.replace(k, hlo=""): s for k in compiled if (s := _schedule(dump, k.hlo))}
+    for called_as in compiled:
+        equation = _equation(called_as, equations)
+        name = equation.params["name"]
+        key = _key(case, name or called_as.name, named=name is not None)
+        kernel = dataclasses.replace(pipeline.read(equation, case.launches[key].prefetch), name=key)
+        if not (schedule := schedules.get(dataclasses.replace(called_as, hlo=""))):
+            raise ScheduleFormatError("dump", f"kernel {called_as.hlo}", f"files of {' and '.join(_PASSES)}", "none")
+        found.append(weigh(schedule, kernel, case.launches[key], chip))
+    if silent := set(case.launches) - {estimate.kernel for estimate in found}:
         raise LaunchError(
-            f"kernel {scope} of operands {shapes}: expected one pallas_call of this name and operands, found "
-            f"{len(fit)} that differ; give each kernel of a program a name of its own"
+            f"no kernel {', '.join(sorted(silent))} was compiled, only {[estimate.kernel for estimate in found]}"
         )
-    return fit[0]
+    return found
 
 
-def _launch(case: Case, name: str, *, named: bool) -> tuple[str, Launch]:
+@dataclasses.dataclass(frozen=True)
+class _Compiled:
+    """A kernel in the compiled program: its instruction, the scope it is called in, shapes of what goes in and out."""
+
+    hlo: str
+    name: str
+    operands: tuple[tuple[int, ...], ...]
+    results: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, match: re.Match[str]) -> _Compiled:
+        scope = re.findall(r"[^()]+", match["scope"].rpartition("/")[2])[-1]  # transpose(jvp(NAME)) is NAME
+        return cls(match["hlo"], scope, _shapes(match["operands"]), _shapes(match["results"]))
+
+
+def _shapes(hlo: str) -> tuple[tuple[int, ...], ...]:
+    found = re.findall(r"\b(?:pred|[a-z]+\d+\w*)\[([\d,]*)\]", hlo)
+    return tuple(tuple(map(int, filter(None, dims.split(",")))) for dims in found)
+
+
+def _equation(compiled: _Compiled, equations: list[Any]) -> Any:
+    """The `pallas_call` that a kernel comes from: by its name, and by shapes where others have that name or none."""
+    alike = [e for e in equations if e.params["name"] == compiled.name]
+    alike = alike or [e for e in equations if e.params["name"] is None]
+    if len(set(map(pipeline.signature, alike))) > 1:
+        shapes = lambda variables: tuple(v.aval.shape for v in variables)
+        both = (compiled.operands, compiled.results)
+        alike = [e for e in alike if (shapes(e.invars), shapes(e.outvars)) == both]
+    if len(set(map(pipeline.signature, alike))) != 1:
+        raise LaunchError(
+            f"kernel {compiled.name}: expected one pallas_call of this name, found {len(alike)} that differ; "
+            "give each kernel of a program a name of its own"
+        )
+    return alike[0]
+
+
+def _key(case: Case, name: str, *, named: bool) -> str:
     keys = [key for key in case.launches if name == key or (not named and name.startswith(key))]
     if not keys:
         raise LaunchError(f"kernel {name} has no Launch; there is one for: {', '.join(case.launches) or 'none'}")
-    key = max(keys, key=len)
-    return key, case.launches[key]
+    return max(keys, key=len)
 
 
-def _schedule(dump: Path, hlo: str) -> Schedule:
+def _schedule(dump: Path, hlo: str) -> Schedule | None:
+    """Of a kernel by its name in the HLO; None where it is the same as another's, which alone is written."""
     texts = []
     for name in _PASSES:
         files = [f for f in dump.iterdir() if re.fullmatch(rf"\d+-{re.escape(hlo)}-\d+-{name}\.txt", f.name)]
-        if len(files) != 1:
-            raise ScheduleFormatError("dump", f"kernel {hlo}", f"one file *-{hlo}-*-{name}.txt", len(files))
-        texts.append(files[0].read_text())
+        if not files:
+            return None
+        (file,) = files
+        texts.append(file.read_text())
     return parse(*texts)

@@ -53,6 +53,12 @@ def equations(jaxpr: Any) -> Iterator[Any]:
                 yield from equations(inner)
 
 
+def signature(equation: Any) -> str:
+    """What tells a kernel's pipeline from another's."""
+    mapping = equation.params["grid_mapping"]
+    return f"{mapping} {[str(block.index_map_jaxpr) for block in mapping.block_mappings]}"
+
+
 def read(equation: Any, prefetch: Sequence[np.ndarray] = ()) -> Kernel:
     """The kernel of a `pallas_call`. prefetch: its scalar-prefetch operands, concrete, that block indices depend on.
 

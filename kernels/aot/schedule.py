@@ -27,6 +27,7 @@ _BRANCH = re.compile(r"(?:\{|;;)\s*%\w+ = sbr\.rel (?:\((!?%\w+)\) )?target bund
 _MATMUL = re.compile(r"vmatmul\.(?:mubr\.)?(?:msk\.)?(bf16|f32)\b")
 _COUNTER = re.compile(r"(%\w+) = sphi [^;]*?iteration index, stage = 0\b(?! iter bound)")
 _DEFINITION = re.compile(r"(%[ps]\w+) = (p[a-z]+|scmp\.\w+\.s32\.totalorder|sld|smov|scalar_select) ([^;}/]*)")
+_CORE = re.compile(r"(%\w+) = sld \S+ /\* core id")
 _SPILL = re.compile(r"sst (\[smem:\[#\w+_spill\]\]) (%\w+)")
 
 
@@ -44,7 +45,8 @@ class ScheduleFormatError(ValueError):
 class Region:
     """Bundles [start, end) that are issued together: the whole kernel, a loop, or what a branch may jump over.
 
-    stage: a predicated region that is skipped only while the grid's pipeline fills or drains: the body of the kernel.
+    stage: a predicated region that every step runs through: it is skipped while the grid's pipeline fills or drains, or
+        by the core that has no part in the kernel.
     """
 
     kind: Literal["kernel", "loop", "predicated"]
@@ -198,24 +200,28 @@ def _nest(parent: Region, inside: list[Region]) -> Region:
 
 
 def _grid(code: list[_Bundle], root: Region) -> tuple[Region, Region | None, int]:
-    """The root with its stage marked, the loop over the grid in it, and how often that runs."""
+    """The root with its stages marked, the loop over the grid in it, and how often that runs."""
+    predicates = _Predicates(code)
+    for region in root.children:  # all of a kernel that one core of two runs
+        if region.kind == "predicated" and predicates.core & predicates.compared(code, region):
+            root = _swap(root, region, dataclasses.replace(region, stage=True))
     heads = {i: match[1] for i, bundle in enumerate(code) if (match := _COUNTER.search(bundle))}
     if not heads:
         return root, None, 1
-    loops = [r for r in root.children if r.kind == "loop" and r.start in heads]
+    outermost = [r for child in root.children for r in ((child, *child.children) if child.stage else (child,))]
+    loops = [r for r in outermost if r.kind == "loop" and r.start in heads]
     if len(heads) != 1 or len(loops) != 1:
         _fail("bundles", "loops", "one outermost loop whose counter is the 'iteration index, stage = 0'", sorted(heads))
     (loop,), (counter,) = loops, heads.values()
-    predicates = _Predicates(code)
-    ((exit_, limit),) = predicates.compares(code, loop.end - 1 - DELAY) or (("nothing", ""),)
-    if exit_ == "nothing" or not limit.isdigit():
+    ((_, limit),) = predicates.compares(code, loop.end - 1 - DELAY) or (("", "nothing"),)
+    if not limit.isdigit():
         _fail("bundles", f"the grid's loop at {loop.start:#x}", "an exit test against a number of steps", limit)
     iterations = int(limit)
 
     def bounds(region: Region) -> set[str]:
         """The numbers that the counter alone is compared with where the branch over the region is decided."""
         compares = predicates.compares(code, region.start - 1 - DELAY) if region.kind == "predicated" else []
-        return {value for register, value in compares} if {r for r, _ in compares} == {counter} else set()
+        return {value for _, value in compares} if {register for register, _ in compares} == {counter} else set()
 
     filled = [child for child in loop.children if str(iterations - 1) in bounds(child)]
     pipelined = "iteration index, stage = 1" in "".join(code[loop.start : loop.end])
@@ -226,8 +232,12 @@ def _grid(code: list[_Bundle], root: Region) -> tuple[Region, Region | None, int
         _fail("bundles", f"the grid's loop at {loop.start:#x}", "one region behind the pipeline's own test", filled)
     children = tuple(dataclasses.replace(c, stage=True) if c in filled else c for c in loop.children)
     grid = dataclasses.replace(loop, children=children)
-    root = dataclasses.replace(root, children=tuple(grid if c is loop else c for c in root.children))
-    return root, grid, iterations
+    return _swap(root, loop, grid), grid, iterations
+
+
+def _swap(tree: Region, old: Region, new: Region) -> Region:
+    children = tuple(new if child is old else _swap(child, old, new) for child in tree.children)
+    return dataclasses.replace(tree, children=children)
 
 
 class _Predicates:
@@ -238,6 +248,7 @@ class _Predicates:
         self.spilled = dict(_SPILL.findall(text))
         defined = {name: (op, rest.split(",")) for name, op, rest in _DEFINITION.findall(text)}
         self.defined = {name: (op, [word.strip() for word in words]) for name, (op, words) in defined.items()}
+        self.core = set(_CORE.findall(text))
 
     def compares(self, code: list[_Bundle], branch: int) -> list[tuple[str, str]]:
         """(register, value) of the ordered comparisons that decide a branch, [] where other things do too."""
@@ -254,6 +265,12 @@ class _Predicates:
             else:
                 return []
         return leaves
+
+    def compared(self, code: list[_Bundle], region: Region) -> set[str]:
+        """The registers of the one comparison that the branch over a region depends on."""
+        (name, _), *_ = _BRANCH.findall(code[region.start - 1 - DELAY])
+        op, words = self.defined.get(name.lstrip("!"), ("", []))
+        return {self._register(word) for word in words} if op.startswith("scmp") else set()
 
     def _register(self, name: str) -> str:
         """The register that a copy or a reload has its value from."""

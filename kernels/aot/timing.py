@@ -2,10 +2,11 @@
 
     seconds = max(bundles * steps / clock + steps * overhead, bytes / bandwidth)
 
-Bundles are counted in the final schedule (`schedule.py`), each region of it weighed by how often it runs; bytes come from
-the block indices of the whole grid (`pipeline.py`). Left out: waits for memory within a step, contention for HBM, and the
-dispatch of a program (`chips.DISPATCH`). The seconds a step beside its bundles are fitted on v5e alone. See
-docs/proving_ground.md for what the model has been held against.
+Bundles are counted in the final schedule (`schedule.py`), each region of it weighed by how often it runs; bytes come
+from the block indices of the whole grid (`pipeline.py`). Left out: waits for memory within a step, contention for HBM,
+what lies before and behind the loop over the grid, and the dispatch of a program (`chips.DISPATCH`). The overhead of a
+step is fitted on v5e alone, and not shared between the cores of a chip. docs/proving_ground.md says what the model has
+been held against.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def weigh(schedule: Schedule, kernel: Kernel, launch: Launch, chip: Chip) -> Est
     if kernel.steps != launch.steps:
         raise LaunchError(f"kernel {kernel.name}: Launch.steps is {launch.steps}, its grid is {kernel.grid}")
     cores = chip.cores if kernel.parallel and schedule.grid else 1
-    if schedule.grid and not 0 <= schedule.iterations - math.ceil(launch.steps / cores) <= 2:
+    per_core = math.ceil(launch.steps / cores)
+    if schedule.grid and not 0 <= schedule.iterations - per_core <= 2:
         raise LaunchError(
             f"kernel {kernel.name}: {launch.steps} steps on {cores} cores, but the compiled loop runs "
             f"{schedule.iterations} times (its steps and at most 2 more were expected)"
@@ -137,7 +139,7 @@ def weigh(schedule: Schedule, kernel: Kernel, launch: Launch, chip: Chip) -> Est
         load=used["VLOAD"],
         store=used["VSTORE"],
         spills=slots["VLOAD:FILL"] + slots["VSTORE:SPILL"],
-        compute=bundles * launch.steps / chip.clock / cores,
+        compute=bundles * per_core / chip.clock,
         dma=moved / chip.bandwidth,
         bytes=moved,
         bytes_exact=kernel.exact or launch.bytes is not None,

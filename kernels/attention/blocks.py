@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from jaxtyping import Array
 
 from longwave.kernels.attention.mask import Mask, granularity
+from longwave.kernels.attention.reference import Coordinates
 from longwave.kernels.attention.tpu_layout import Layout
+from longwave.kernels.attention.visits import Split, pairs
 
 VMEM_LIMIT = 48 * 2**20  # bytes a kernel may use: there is that much on every chip
+BACKWARD_VMEM_LIMIT = 56 * 2**20  # of 64 on a v5p, the least; what is kept decides how long a sequence fits
 LONGEST = 512  # queries or keys of a tile of the backward kernel
 
 
@@ -23,24 +27,49 @@ class Cut(NamedTuple):
 
 
 def forward(q: Array, k: Array, v: Array, mask: Mask) -> Cut:
-    """Blocks of two pieces either way, pieces of two tiles, tiles of 512: shorter where time is."""
+    """Blocks of two pieces either way, pieces of two tiles of 512; less where time is shorter, or a table finer.
+
+    Tiles are halved where much of them is dead: a narrow window. One rule for all chips: ahead of time nobody knows for which one a program is traced.
+    """
     size = granularity(mask)
-    (bq, pq, cq), (bk, pk, ck) = (_nested(t, size) for t in (q.shape[1], k.shape[1]))
-    return Cut(bq, bk, (pq, pk), (cq, ck))
+    (pq, cq), (pk, ck) = (_nested(t, size) for t in (q.shape[1], k.shape[1]))
+    # Sums of each head of a block of lanes lie in VMEM. What a table says is known of a block, not of its pieces.
+    times_q, times_k = (1 if size else 2 if t > piece else 1 for t, piece in ((q.shape[1], pq), (k.shape[1], pk)))
+    if Layout.of(q, k, v).fold > 4:
+        times_q = 1
+
+    def computed(c: int) -> int:
+        at = Coordinates(), Coordinates()
+        return c * c * pairs(mask, *at, Split(q.shape[1], c), Split(k.shape[1], c))[0].sum()
+
+    if cq == ck == 512 and computed(256) < 0.8 * computed(512):
+        cq = ck = 256
+    return Cut(times_q * pq, times_k * pk, (pq, pk), (cq, ck))
 
 
-def _nested(t: int, size: int | None) -> tuple[int, int, int]:
-    """Lengths of block, piece and tile, each a multiple of the next."""
-    piece = _even(t, 1024 if size is None else min(size, 1024))
-    tile = piece // 2 if piece > 512 and piece % 256 == 0 else piece
-    return piece * (2 if size is None and t > piece else 1), piece, tile
+def _nested(t: int, size: int | None) -> tuple[int, int]:
+    """Lengths of a piece and of its tiles."""
+    piece = _even(t, 1024)
+    if size is not None and t > min(size, 1024):
+        piece = divisor(size, 1024)
+    return piece, piece // 2 if piece > 512 and piece % 256 == 0 else piece
+
+
+def divisor(size: int, most: int) -> int:
+    """The largest multiple of 128 up to `most` that divides size; 128 where none does: `visits.refusal` says so."""
+    return max((c for c in range(128, most + 1, 128) if size % c == 0), default=128)
 
 
 class BackwardCut(NamedTuple):
-    """Blocks of q queries by k keys, of one tile; `part` queries stay in VMEM, fetched into so many buffers."""
+    """Blocks of q queries by k keys, of one tile each.
+
+    tiles:   blocks of keys in a grid step.
+    part:    queries that stay in VMEM, fetched into so many `buffers`: into two while the last ones are computed.
+    """
 
     q: int
     k: int
+    tiles: int
     part: int
     buffers: int
 
@@ -53,18 +82,18 @@ class BackwardCut(NamedTuple):
 
 def backward(layout: Layout, tq: int, tk: int, itemsize: int, mask: Mask) -> BackwardCut:
     """Of queries all that fit into VMEM (tpu_backward.py); only where these are fewer than tq is `part` less."""
-    size = granularity(mask)
-    q, k = (_even(t, LONGEST if size is None else min(size, LONGEST)) for t in (tq, tk))
-    tiles = 4 * q * k * 4 + 16 * k * (layout.lanes + layout.lanes_v) * itemsize
-    fetched, kept = (layout.lanes + layout.lanes_v) * itemsize + 8 * layout.fold, layout.lanes * (4 + 2 * itemsize)
-    room = VMEM_LIMIT * 3 // 4 - tiles
-    padded = -(-tq // q) * q
-    for buffers in (2, 1):
-        most = room // (layout.group * (buffers * fetched + kept))
-        if most >= padded:
-            return BackwardCut(q, k, padded, buffers)
-    parts = -(-padded // most)
-    return BackwardCut(q, k, -(-padded // (parts * q)) * q, 1)
+    size, lanes = granularity(mask), layout.lanes + layout.lanes_v
+    fits = lambda t: size is None or t <= min(size, LONGEST)
+    q, k = (_even(t, LONGEST) if fits(t) else divisor(size, LONGEST) for t in (tq, tk))
+    padded, a_tile = -(-tq // q) * q, k * lanes * (4 * itemsize + 4)  # k, v, dk and dv, twice each, and two sums
+    for buffers, tiles in itertools.product((2, 1), (4, 3, 2, 1)):
+        a_query = (
+            (lanes + layout.lanes) * itemsize * buffers + layout.lanes * 4 + 16 * layout.fold
+        )  # q, do, dq; its sum
+        most = (BACKWARD_VMEM_LIMIT - tiles * a_tile - 24 * q * k) // (layout.group * a_query)
+        if -(-tk // k) % tiles == 0 and most >= padded:
+            return BackwardCut(q, k, tiles, padded, buffers)
+    return BackwardCut(q, k, 1, -(-padded // (-(-padded // most) * q)) * q, 1)
 
 
 def _even(t: int, most: int) -> int:

@@ -16,10 +16,36 @@ from jaxtyping import Array, Float
 from longwave.kernels.attention import blocks, tpu_backward, tpu_forward, tpu_layout
 from longwave.kernels.attention.reference import Coordinates, Scores
 from longwave.kernels.attention.tpu_layout import Layout
-from longwave.kernels.attention.tpu_plan import Plan
+from longwave.kernels.attention.tpu_plan import Plan, Steps
+from longwave.kernels.attention.visits import Split, refusal
 
 # The scalar memory of a core is 1 MiB: lists of visits may have three quarters of it.
 SMEM_BYTES = 3 * 2**18
+WIDEST = 256  # head dimension
+
+
+def supports(q: Any, k: Any, v: Any, q_at: Coordinates, k_at: Coordinates, scores: Scores) -> str | None:
+    """Why these arrays and this mask are not for this form; None when they are."""
+    dtypes = sorted({x.dtype.name for x in (q, k, v)})
+    if len(dtypes) > 1 or dtypes[0] not in ("bfloat16", "float32"):
+        return f"q, k, v are {', '.join(dtypes)}, not all bfloat16 or all float32"
+    if (d := max(q.shape[-1], v.shape[-1])) > WIDEST:
+        return f"heads of width {d}; up to {WIDEST} are supported"
+    if 0 in (*q.shape, *k.shape, *v.shape):
+        return "an array is empty"
+    cuts = (
+        blocks.forward(q, k, v, scores.mask),
+        blocks.backward(Layout.of(q, k, v), q.shape[1], k.shape[1], q.dtype.itemsize, scores.mask),
+    )
+    for cut in cuts:
+        if reason := refusal(scores.mask, q_at, k_at, Split(q.shape[1], cut.q), Split(k.shape[1], cut.k)):
+            return reason
+    plan, given = Plan.of(q, k, v, q_at, k_at, scores, cuts[0]), jax.tree.leaves((q_at, k_at))
+    rows = q.shape[0] if any(x.ndim == 2 for x in given) else 1
+    visited = plan.q.n * plan.k.n if given else plan.steps(q_at, k_at)[0].flags.size
+    if (needed := len(Steps._fields) * 4 * rows * visited) > SMEM_BYTES:
+        return f"lists of {rows} x {visited:,} visits, {needed:,} bytes; scalar memory has {SMEM_BYTES:,} for them"
+    return None
 
 
 def forward(
@@ -77,8 +103,8 @@ def _gradients(cut: blocks.BackwardCut, scores: Scores, k: Array, v: Array, k_at
     layout, rows = plan.layout, partial(tpu_layout.rows, t=plan.tq)
     arrays = layout.queries(q, plan.tq), layout.keys(k, plan.tk), layout.keys(v, plan.tk), layout.queries(do, plan.tq)
     arrays = *arrays, rows(lse, fill=tpu_backward.BLIND), rows(delta)
-    walk, places = tpu_backward.Walk.of(plan, q_at, k_at), plan.places(q_at, k_at)
-    dq, *sums = run(partial(tpu_backward.call, plan, cut.buffers), walk, arrays, tuple(places), sums)
+    walk, places = tpu_backward.Walk.of(plan, cut, q_at, k_at), plan.places(q_at, k_at)
+    dq, *sums = run(partial(tpu_backward.call, plan, cut), walk, arrays, tuple(places), sums)
     return tuple(sums), layout.of_queries(dq, plan.q.t, layout.d)
 
 

@@ -35,6 +35,7 @@ HIDDEN = -1e30  # score of an invisible key
 FLOOR = -1e29  # where the running maximum starts: above HIDDEN, so that 2^(HIDDEN - m) is 0 even if no key is seen
 LOG2E = math.log2(math.e)
 LONGEST = 512  # keys whose scores are held at once
+UNROLLED = 2  # heads in a block of lanes whose code stands in one stretch
 NT = (((1,), (1,)), ((), ()))  # a b' of matrices
 
 
@@ -145,7 +146,7 @@ def _piece(plan: Plan, refs: Refs, pattern: Pattern, flag: Any, block: tuple[Any
             see = _visible(plan, refs, flag, *block, rows, keys) if part.masked else None
             _attend(plan, refs, heads, rows, keys, see)
 
-    if plan.layout.fold <= 2:  # in one stretch of code
+    if plan.layout.fold <= UNROLLED:
         attend(*range(plan.layout.fold))
     else:
         lax.fori_loop(0, plan.layout.fold, lambda head, _: attend(head), None)
@@ -182,7 +183,7 @@ def _finish(plan: Plan, refs: Refs) -> None:
         refs.lse[0, head] = jnp.where(row == 0, -jnp.inf, m / LOG2E + jnp.log(row))
         refs.acc[...] *= _of_head(plan, head, _wide(1 / jnp.where(l == 0, 1.0, l), refs.acc.shape[1]), 1)
 
-    lax.fori_loop(0, plan.layout.fold, finish, None)
+    lax.fori_loop(0, plan.layout.fold, finish, None, unroll=plan.layout.fold <= UNROLLED)
     refs.o[0] = refs.acc[...].astype(refs.o.dtype)
 
 
@@ -199,7 +200,7 @@ def _visible(plan: Plan, refs: Refs, flag: Any, q_start: Any, k_start: Any, rows
     k_index = k_start + keys.start + lax.broadcasted_iota(jnp.int32, (1, keys.size), 1)
     q_position, k_position = q_start + rows.start + lax.broadcasted_iota(jnp.int32, (rows.size, 1), 0), k_index
     column = lambda i: refs.columns[i][rows][:, :1]
-    across = lambda i: refs.places[half + i][0, :, keys]
+    across = lambda i: refs.places[half:][i][0, :, keys]
     if plan.positions:
         q_position, k_position = column(0), across(0)
     q_segment, k_segment = (column(-1), across(-1)) if plan.segments else (None, None)

@@ -22,7 +22,7 @@ from longwave.kernels.attention import tpu_layout
 from longwave.kernels.attention.blocks import Cut
 from longwave.kernels.attention.reference import Coordinates, Scores
 from longwave.kernels.attention.tpu_layout import Layout
-from longwave.kernels.attention.visits import Split, pairs, visits
+from longwave.kernels.attention.visits import LIVE, Split, pairs, visits
 
 Side = Literal["q", "k"]
 MOST_PATTERNS = 5  # with code of their own; pieces of any other pattern are masked throughout
@@ -104,7 +104,8 @@ class Plan:
         codes = _cut(codes, (self.q.n, self.k.n), self.pieces)
         packed = (codes << (BITS * np.arange(codes.shape[-1], dtype=np.int32))[None, None, None]).sum(-1)
         row = np.arange(found.q.shape[0])[:, None] if packed.shape[0] > 1 else 0
-        return Steps(*found, packed[row, found.q, found.k].astype(np.int32)), patterns
+        lit = (found.flags & LIVE) // LIVE  # 0 in the tail of a list, which repeats a visit
+        return Steps(*found, (packed[row, found.q, found.k] * lit).astype(np.int32)), patterns
 
     def _kinds(self, states: Int[np.ndarray, "nq nk"]) -> tuple[Int[np.ndarray, "nq nk"], tuple[Pattern, ...]]:
         """Of every piece the number of its pattern, from the states of tiles; and the patterns."""

@@ -27,12 +27,15 @@ TABLES = 26  # that have bits in an int32
 FAR = np.iinfo(np.int32).max // 2
 
 
+List = Int[Array, "rows n"] | Int[np.ndarray, "rows n"]
+
+
 class Visits(NamedTuple):
     """Rows of lists, one for each batch row, or one for all. NumPy where they are constants."""
 
-    q: Int[Array, "rows n"]
-    k: Int[Array, "rows n"]
-    flags: Int[Array, "rows n"]
+    q: List
+    k: List
+    flags: List
 
 
 class Split(NamedTuple):
@@ -187,8 +190,10 @@ def tile_visible(
     tk: int,
     flags: Int[Array, ""] | None = None,
 ) -> Bool[Array, "..."]:
-    """What a masked visit shows, inside a kernel: arguments broadcast to the tile, whichever way it is laid, and so
-    does the answer.
+    """What a masked visit shows, inside a kernel.
+
+    Arguments broadcast to the tile, whichever way it is laid, and so does the answer: a column of queries and a row
+    of keys cost least.
 
     k_index: where keys stand in memory; from tk on they are the kernel's own padding.
     flags:   of the visit. A mask with tables needs them: what a table says of the tile is a bit there.

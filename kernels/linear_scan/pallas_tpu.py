@@ -1,8 +1,8 @@
 """One pass over memory on a TPU: time streams through VMEM while the state stays where it is.
 
 In HBM an array (b, t, d) lies in tiles of 8 tokens x 128 channels. `_tiled` gives these dimensions of their own,
-(b, t / 8, d / 16, 128), which moves nothing. The grid walks (rows, channels, time), time last and in the direction of the
-sweep. `tpu_kernel.py` is what it does at each step. Lengths and widths are padded to whole tiles.
+(b, t / 8, d / 16, 128), which moves nothing: to the compiler it is another name. The grid walks (rows, channels, time),
+time last and in the direction of the sweep; `tpu_kernel.py` is a step of it. What is no whole tile is padded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from longwave.kernels.linear_scan.tpu_kernel import (
     Kernel,
     Reads,
     Writes,
-)  # fmt: skip
+)
 
 VMEM, VMEM_LIMIT = 20 * 2**20, 48 * 2**20  # of all streams, each buffered twice; what the compiler may use in all
 CHAINS = 4  # recurrences that a grid step advances side by side, so that none waits for its own last step
@@ -79,6 +79,7 @@ def choose(b: int, t: int, d: int, width: int) -> Blocks:
 
 
 def grid(b: int, t: int, d: int, size: Blocks) -> tuple[int, int, int]:
+    """How many blocks of rows, channels and time there are; the last of each may stick out."""
     return pl.cdiv(b, size.rows), pl.cdiv(pl.cdiv(d, LANES), size.lanes), pl.cdiv(pl.cdiv(t, SUBLANES), size.tiles)
 
 
@@ -122,11 +123,7 @@ def _run(
             bytes_accessed=sum(leaf.size * leaf.dtype.itemsize for leaf in streams),
             transcendentals=0,
         ),
-        name="linear_scan_adjoint"
-        if sweep.adjoint and h is not None
-        else "linear_scan"
-        if puts_out
-        else "linear_scan_map",
+        name="linear_scan_map" if not puts_out else "linear_scan" if h is None else "linear_scan_adjoint",
     )(reads)
     back = lambda v: _untiled(v)[:, :t, :d] if v.ndim == 4 else v.reshape(b, -1)[:, :d]
     return jax.tree.map(back, (out, last, da))
@@ -156,7 +153,7 @@ def _specs(size: Blocks, steps: tuple[int, int, int], tiles: int, sweep: Sweep) 
 
 
 def _flags(tokens: Tokens, sweep: Sweep) -> Int[Array, "b 1 t"] | None:
-    """RESET and VALID as given. For the gradient of a, of h beside a token: did NOTHING, or what was HANDED in, come."""
+    """RESET and VALID as given; for the gradient of a, whether NOTHING, or what was HANDED in, stood for h."""
     if tokens.reset is None and tokens.valid is None:
         return None
     yes = jnp.ones(shape(tokens.x)[:2], bool)

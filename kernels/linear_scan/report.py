@@ -19,7 +19,7 @@ S5 = (32, 4096, 256)  # complex, with the same a at all times
 
 
 def cases(chip: str) -> list[Entry]:
-    """Every kind of call: values, and values with their gradient."""
+    """Values, and values with their gradient."""
     bf16, f32 = jnp.bfloat16, jnp.float32
     calls = {
         "wide bfloat16": (WIDE, bf16, bf16, False, False),
@@ -30,7 +30,8 @@ def cases(chip: str) -> list[Entry]:
     }
     entries = []
     for name, call in calls.items():
-        for gradient in (False, True):
+        # The schedule of S5's gradient holds loops of the compiler's own, whose trips no Launch can tell.
+        for gradient in (False, True) if call[0] is WIDE else (False,):
             problem = f"{name}, {'gradient' if gradient else 'forward'}"
             entries.append(Entry(problem, "longwave", [Candidate(case(problem, chip, *call, gradient))]))
     return entries
@@ -48,9 +49,8 @@ def case(
 ) -> Case:
     """One program. a_dtype: of a (b, t, d); None: a is (d,), float32."""
     b, t, d = size
-    number = lambda shape, dtype: jax.tree.map(
-        lambda _: jax.ShapeDtypeStruct(shape, dtype), Pair(0, 0) if is_complex else 0
-    )
+    real = jax.ShapeDtypeStruct
+    number = lambda *of: Pair(real(*of), real(*of)) if is_complex else real(*of)
     a = number((d,), jnp.float32) if a_dtype is None else number(size, a_dtype)
     x, state = number(size, dtype), number((b, d), jnp.float32)
     flags = [jax.ShapeDtypeStruct((b, t), bool)] * 2 if masks else [None, None]
@@ -64,7 +64,7 @@ def case(
     def both(a: Number, x: Number, state: Number, reset, valid, weights) -> tuple:
         return forward(a, x, state, reset, valid), backward(a, x, state, reset, valid, weights)
 
-    parts = (1 + is_complex) * x.re.dtype.itemsize if is_complex else x.dtype.itemsize
+    parts = (1 + is_complex) * jnp.dtype(dtype).itemsize
     moving_a = 0 if a_dtype is None else (1 + is_complex) * jnp.dtype(a_dtype).itemsize
     flops = b * t * d * (8 if is_complex else 2)
     launches = {"linear_scan": _launch(size, 2 * parts + moving_a, masks, flops)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -109,11 +110,12 @@ class Kernel:
 
         @pl.when(pl.program_id(2) == 0)
         def _():
-            self._each_row(lambda rows, row, desk, ref: _set(desk, rows, ref[row]), desks.state, reads.state)
-            self._each_row(lambda rows, row, desk, ref: _set(desk, rows, ref[row]), desks.handed, reads.handed)
+            lay = lambda rows, row, desk, ref: _set(desk, rows, ref[row])
+            self._each_row(lay, desks.state, reads.state)
+            self._each_row(lay, desks.handed, reads.handed)
             if constant:
                 self._each_row(lambda rows, row, desk, ref: _set(desk, rows, ref[...]), desks.a, reads.a)
-                jax.tree.map(lambda desk: _set(desk, ..., jnp.zeros_like(desk)), desks.da)
+                _put(desks.da, ..., jax.tree.map(jnp.zeros_like, desks.da))
 
         if reads.flags is not None:
             self._spread(reads.flags, desks.spread)
@@ -135,46 +137,49 @@ class Kernel:
 
         held = (desks.state, desks.da if constant else None)
         here = [self._still(chain) for chain in range(-(-self.size.rows * self.size.lanes // SUBLANES))]
-        carries = [jax.tree.map(lambda desk: desk[rows], held) for rows in here]  # noqa: B023
-        for rows, carry in zip(here, jax.lax.fori_loop(0, tiles, advance, carries), strict=True):
-            jax.tree.map(lambda desk, v: _set(desk, rows, v), held, carry)  # noqa: B023
+        carries = jax.lax.fori_loop(0, tiles, advance, [_at(held, rows) for rows in here])
+        for rows, carry in zip(here, carries, strict=True):
+            _put(held, rows, carry)
         written = (writes.last, writes.da if constant else None)
         self._each_row(lambda rows, row, desk, ref: _set(ref, row, desk[rows]), held, written)
 
     def _chain(
         self, desks: Desks, chain: int, i: Array, constant: bool, begins: tuple, carry: Any, sums: Any
     ) -> tuple[Any, Any]:
-        """The eight tokens of tile i. begins: whether h begins at the border of this tile with a block, and with all time."""
-        at = lambda desk, r: jax.tree.map(lambda ref: ref[self._token(chain, r)], desk)
-        still = lambda desk: jax.tree.map(lambda ref: ref[self._still(chain)], desk)
-        a = still(desks.a) if constant else None
+        """The eight tokens of tile i. begins: whether h begins with this tile in its block, and with this block."""
+        a = _at(desks.a, self._still(chain)) if constant else None
         for r in reversed(range(SUBLANES)) if self.sweep.reverse else range(SUBLANES):
             flags = self._flags(desks, chain, i, r)
             reset = flags & RESET != 0 if self.reset else None
             valid = flags & VALID != 0 if self.valid else None
-            token = Tokens(a if constant else at(desks.a, r), at(desks.x, r), reset, valid)
+            here = self._token(chain, r)
+            token = Tokens(a if constant else _at(desks.a, here), _at(desks.x, here), reset, valid)
             if desks.out is None:
                 P, S = carry
                 carry = step(P, token._replace(x=zero_like(S)), self.sweep)[0], step(S, token, self.sweep)[0]
                 continue
             carry, out = step(carry, token, self.sweep)
-            jax.tree.map(lambda ref, v: _set(ref, self._token(chain, r), v), desks.out, out)  # noqa: B023
+            _put(desks.out, here, out)
             if desks.h is None:
                 continue
-            before, beside = still(desks.handed), r - 1 if self.sweep.reverse else r + 1
-            if 0 <= beside < SUBLANES:
-                before = where(flags & HANDED != 0, before, at(desks.h, beside)) if self.valid else at(desks.h, beside)
-            else:
-                lost = begins[0] & begins[1] | flags & HANDED != 0 if self.valid else begins[0] & begins[1]
-                before = where(lost, before, at(desks.near, beside % SUBLANES))
-            if flags is not None:
-                before = where(flags & NOTHING != 0, zero_like(before), before)
-            da = out * before.conj()
+            da = out * self._before(desks, chain, r, flags, begins).conj()
             if constant:
                 sums = sums + da
             else:
-                jax.tree.map(lambda ref, v: _set(ref, self._token(chain, r), v), desks.da, da)  # noqa: B023
+                _put(desks.da, here, da)
         return carry, sums
+
+    def _before(self, desks: Desks, chain: int, r: int, flags: Array | None, begins: tuple) -> Number:
+        """What token r was handed when h was swept: mostly the h beside it."""
+        beside = r - 1 if self.sweep.reverse else r + 1
+        inside = 0 <= beside < SUBLANES
+        before = _at(desks.h if inside else desks.near, self._token(chain, beside % SUBLANES))
+        handed = _at(desks.handed, self._still(chain))
+        if not inside:
+            before = where(begins[0] & begins[1], handed, before)
+        if self.valid:
+            before = where(flags & HANDED != 0, handed, before)
+        return before if flags is None else where(flags & NOTHING != 0, zero_like(before), before)
 
     def _lay_out(self, reads: Reads, desks: Desks, i: Array, begins: Array) -> None:
         """Tile i of all arrays on their desks."""
@@ -214,7 +219,7 @@ class Kernel:
         """do(where it stands on its desk, row, desk, ...) for each row of the batch and each array."""
         high = tall * self.size.lanes
         for row in range(self.size.rows):
-            jax.tree.map(lambda *refs: do(slice(row * high, (row + 1) * high), row, *refs), desks, *refs)  # noqa: B023
+            jax.tree.map(partial(do, slice(row * high, (row + 1) * high), row), desks, *refs)
 
     def _each_tile_row(self, do: Callable, desks: Any, *refs: Any) -> None:
         self._each_row(do, desks, *refs, tall=SUBLANES)
@@ -227,6 +232,14 @@ class Kernel:
 
     def _token(self, chain: int, r: int) -> Any:
         return pl.ds(chain * SUBLANES**2 + r, self._count(chain), stride=SUBLANES)
+
+
+def _at(refs: Any, index: Any) -> Any:
+    return jax.tree.map(lambda ref: ref[index], refs)
+
+
+def _put(refs: Any, index: Any, values: Any) -> None:
+    jax.tree.map(lambda ref, value: _set(ref, index, value), refs, values)
 
 
 def _set(ref: Any, index: Any, value: Array) -> None:

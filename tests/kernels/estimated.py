@@ -167,6 +167,21 @@ def walk_case(chip):
     return aot.Case("walk", chip, walk, args, {"walk": launch})
 
 
+@jax.custom_vjp
+def square(x):
+    return _product(x, "forward")
+
+
+square.defvjp(lambda x: (square(x), x), lambda x, dy: (_product(x * dy, "backward"),))
+
+
+def _product(x, name):
+    def body(x_ref, o_ref):
+        o_ref[...] = jnp.dot(x_ref[...], x_ref[...])
+
+    return pl.pallas_call(body, out_shape=x, name=name)(x)
+
+
 SAMPLES = {
     f"{kernel}_{chip}": case
     for chip in ("v5e", "v6e")

@@ -55,7 +55,7 @@ def test_group_of_heads_soft_cap_and_padded_keys():
 @pytest.mark.usefixtures("small_blocks")
 def test_documents_and_positions_in_parts(monkeypatch):
     """Queries that do not fit into VMEM come in parts, whose sums go on; lists of visits are made as it runs."""
-    cut = lambda layout, tq, tk, *_: blocks.BackwardCut(128, 128, 128, 1)
+    cut = lambda layout, tq, tk, *_: blocks.BackwardCut(128, 128, 2, 128, 1)
     monkeypatch.setattr(blocks, "backward", cut)
     rng = np.random.default_rng(0)
     q_at = Coordinates(None, np.repeat([[0, 1, 2], [0, 0, 1]], 60, 1).astype(np.int32)[:, :170])
@@ -81,11 +81,11 @@ def test_what_stays_in_vmem_fits(t, heads, kv, d, itemsize):
 
 def test_walk_stands_at_each_block_of_keys():
     q = jax.ShapeDtypeStruct((1, 700, 1, 128), jnp.bfloat16)
-    cut = blocks.BackwardCut(128, 256, 768, 2)
+    cut = blocks.BackwardCut(128, 256, 1, 768, 2)
     plan = Plan.of(q, q, q, Coordinates(), Coordinates(), Scores(Causal(), 1.0), cut)
-    of = lambda q_ids, k_ids: tpu_backward.Walk.of(plan, Coordinates(None, q_ids), Coordinates(None, k_ids))
+    of = lambda q_ids, k_ids: tpu_backward.Walk.of(plan, cut, Coordinates(None, q_ids), Coordinates(None, k_ids))
     data = jax.jit(of)(np.zeros((1, 700), int), np.where(index(700) < 256, -1, 0)[None])
-    constant = tpu_backward.Walk.of(plan, Coordinates(), Coordinates())
+    constant = tpu_backward.Walk.of(plan, cut, Coordinates(), Coordinates())
     for walk, first in ((data, 1), (constant, 6)):  # of what nobody sees, one visit that is not live
         assert np.asarray(walk.start).tolist() == [[0, first, first + 4, first + 6]]
         assert np.asarray(walk.q[0, first : first + 6]).tolist() == [2, 3, 4, 5, 4, 5]

@@ -1,6 +1,5 @@
-"""Static estimates: weighing a schedule, counting what moves, and the published times that the model must give back."""
+"""Static estimates: weighing a schedule, and the published times that the model must give back."""
 
-import time
 from functools import partial
 
 import jax
@@ -15,11 +14,12 @@ from longwave.kernels.aot import pipeline
 from longwave.kernels.aot.schedule import UNITS, Region, Schedule, parse
 from longwave.kernels.aot.timing import weigh
 from tests.kernels import estimated
-from tests.kernels.estimated import MEASURED, TABLE, causal_case, matmul_case, sample, walk_case
+from tests.kernels.estimated import MEASURED, TABLE, causal_case, matmul_case, sample, square, walk_case
 
 needs_libtpu = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 V5E, V5P, V6E = aot.CHIPS["v5e"], aot.CHIPS["v5p"], aot.CHIPS["v6e"]
 abstract = jax.ShapeDtypeStruct
+SQUARE = abstract((128, 128), jnp.float32)
 
 
 def kernel(grid, parallel=False, **more):
@@ -66,7 +66,7 @@ def test_every_region_counts_as_often_as_it_runs():
     )
     launch = aot.Launch(steps=8, regions=(0.25, 0.5), trips=(3,), flops=1e6)
     estimate = weigh(built, kernel((2, 4), bytes=820, vmem=7), launch, V5E)
-    # the loop's own 20, the body's own 6, two ends once in 4 steps, the guard's own 20 at 0.75, the two, the loop thrice
+    # the loop's own 20, the body's own 6, two ends once in 4 steps, the guard's own 20 at 0.75, the two, a loop thrice
     bundles = 20 + 6 + (8 + 6) / 4 + 20 * 0.75 + 10 * 0.25 + 10 * 0.5 + 10 * 0.5 * 3
     assert estimate.bundles == pytest.approx(bundles)
     assert estimate.mxu == pytest.approx((4 * 0.25 + 2 * 0.5 * 3) * 16 / 4 / bundles)
@@ -104,7 +104,7 @@ def test_two_cores_share_parallel_steps():
     launch = aot.Launch(steps=8, regions=(1, 1), trips=(1,))
     estimate = weigh(built, kernel((2, 4), parallel=True), launch, V5P)
     assert estimate.compute == pytest.approx(4 * estimate.bundles / 1.75e9)
-    with pytest.raises(aot.LaunchError, match="8 steps on 1 cores.* runs 6 times"):
+    with pytest.raises(aot.LaunchError, match=r"8 steps on 1 cores.* runs 6 times"):
         weigh(built, kernel((2, 4)), launch, V5P)
 
 
@@ -139,127 +139,6 @@ def test_a_chips_peak_is_the_published_one(chip, flops):
     assert chip.peak == pytest.approx(flops, rel=1e-3)
 
 
-def called(fn, *args):
-    return list(pipeline.equations(jax.make_jaxpr(fn)(*args).jaxpr))
-
-
-def blocks(grid, index, block, shape, *, dtype=jnp.float32, prefetch=(), **spec):
-    """The equation of a kernel whose only large operand is moved in blocks."""
-    specs = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=len(prefetch),
-        grid=grid,
-        in_specs=[pl.BlockSpec(block, index, **spec)],
-        out_specs=pl.BlockSpec(memory_space=pltpu.SMEM),
-    )
-    out = abstract((1, 1), jnp.int32)
-    call = pl.pallas_call(lambda *refs: None, grid_spec=specs, out_shape=out, name="moves")
-    (equation,) = called(call, *[abstract(np.shape(t), jnp.int32) for t in prefetch], abstract(shape, dtype))
-    return equation
-
-
-def moved(grid, index, block, shape, size):
-    """Elements moved, by a walk over the grid: a block each time when it is another, without what is over the edge."""
-    total, last = 0, None
-    for step in np.ndindex(*grid):
-        at = tuple(int(i) for i in index(*step))
-        if at != last:
-            total += np.prod([min(b, s - i * b) for i, b, s in zip(at, block, shape, strict=True)])
-        last = at
-    return int(total) * size
-
-
-@pytest.mark.parametrize(
-    ("grid", "index", "block", "shape"),
-    [
-        ((4, 3), lambda i, j: (i, j), (8, 128), (32, 384)),
-        ((4, 3), lambda i, j: (i, 0), (8, 128), (32, 384)),
-        ((4, 3), lambda i, j: (j, i % 2), (8, 128), (32, 384)),
-        ((3, 2, 4), lambda i, j, k: (k // 2, i), (16, 128), (40, 384)),  # the last block hangs over the edge
-        ((7,), lambda i: (0, 0), (24, 256), (24, 256)),
-    ],
-)
-def test_a_block_is_moved_when_its_index_changes(grid, index, block, shape):
-    read = pipeline.read(blocks(grid, index, block, shape))
-    assert (read.bytes, read.exact) == (moved(grid, index, block, shape, 4), True)
-    assert read.grid == grid
-
-
-def test_blocks_move_in_the_tiles_in_which_they_lie():
-    read = lambda block, shape, dtype: pipeline.read(blocks((2,), lambda i: (i, 0, 0), block, shape, dtype=dtype))
-    assert read((None, 16, 64), (2, 16, 64), jnp.bfloat16).bytes == 2 * 16 * 128 * 2
-    assert read((1, 3, 128), (2, 3, 128), jnp.float32).bytes == 2 * 4 * 128 * 4
-    assert read((1, 9, 130), (2, 9, 130), jnp.float32).bytes == 2 * 16 * 256 * 4
-
-
-def test_tables_steer_the_blocks_exactly():
-    index, table = lambda n, t: (t[0, n], t[1, n] // 2), np.array([[3, 3, 0, 1, 1], [0, 1, 1, 2, 3]], np.int32)
-    equation = blocks((5,), index, (8, 128), (32, 512), prefetch=(table,))
-    known, unknown = pipeline.read(equation, (table,)), pipeline.read(equation)
-    tables = 2 * 5 * 4
-    assert known.bytes == moved((5,), lambda n: index(n, table), (8, 128), (32, 512), 4) + tables
-    assert (known.exact, unknown.exact) == (True, False)
-    assert unknown.bytes == 5 * 8 * 128 * 4 + tables  # every step, at worst
-    with pytest.raises(
-        ValueError, match=r"kernel moves: prefetch has shapes \[\(2, 4\)\], its operands have \[\(2, 5\)\]"
-    ):
-        pipeline.read(equation, (table[:, :4],))
-
-
-def test_a_hundred_thousand_steps_are_counted_in_a_second():
-    table = np.random.default_rng(0).integers(0, 4, 10**5).astype(np.int32)
-    equation = blocks((10**5,), lambda n, t: (t[n], 0), (8, 128), (32, 128), prefetch=(table,))
-    pipeline.read(blocks((4,), lambda n, t: (t[n], 0), (8, 128), (32, 128), prefetch=(table[:4],)), (table[:4],))
-    start = time.process_time()
-    read = pipeline.read(equation, (table,))
-    assert time.process_time() - start < 1
-    assert read.bytes == (1 + np.count_nonzero(np.diff(table))) * 8 * 128 * 4 + table.nbytes
-
-
-def test_memory_of_windows_and_scratch():
-    (equation,) = called(partial(estimated.matmul, blocks=(128, 256, 128)), *[abstract((512, 512), jnp.bfloat16)] * 2)
-    read = pipeline.read(equation)
-    assert read.vmem == 2 * 2 * (128 * 256 * 2 + 128 * 128) + 4 * 128 * 128
-    assert (read.name, read.grid, read.parallel, read.steps) == ("matmul", (4, 4, 2), True, 32)
-
-
-def test_copies_by_hand_are_not_guessed():
-    equation = blocks((2,), None, None, (32, 128), memory_space=pltpu.HBM)
-    assert (pipeline.read(equation).bytes, pipeline.read(equation).exact) == (0, False)
-
-
-@jax.custom_vjp
-def square(x):
-    return walk_like(x, "forward")
-
-
-square.defvjp(lambda x: (square(x), x), lambda x, dy: (walk_like(x * dy, "backward"),))
-
-
-def walk_like(x, name):
-    def body(x_ref, o_ref):
-        o_ref[...] = jnp.dot(x_ref[...], x_ref[...])
-
-    return pl.pallas_call(body, out_shape=x, name=name)(x)
-
-
-def hidden(x):
-    """Kernels behind a branch by platform, a custom gradient, a map and a loop."""
-    on = jax.lax.platform_dependent(x, tpu=square, default=lambda x: x @ x)
-    return (
-        jax.vmap(square)(jnp.stack([on, x])).sum() + jax.lax.fori_loop(0, 3, lambda _, x: jax.jit(square)(x), x).sum()
-    )
-
-
-def test_kernels_are_found_wherever_they_are_called():
-    x = abstract((128, 128), jnp.float32)
-    assert [e.params["name"] for e in called(hidden, x)] == ["forward"] * 3
-    names = [
-        e.params["name"]
-        for e in called(jax.grad(lambda x: jax.vmap(square)(x).sum()), abstract((2, 8, 8), jnp.float32))
-    ]
-    assert names == ["forward", "backward"]
-
-
 # What needs the compiler, all in one process.
 def gradient_case(launches):
     x = abstract((128, 128), jnp.float32)
@@ -278,7 +157,19 @@ def abort(x):
     os.abort()
 
 
+def twice(x):
+    """Of two kernels that are the same the compiler writes one."""
+    return estimated.matmul(x, x, blocks=(128, 128, 128)), estimated.matmul(x + 1, x, blocks=(128, 128, 128))
+
+
+def twice_case():
+    launches = {"matmul": aot.Launch(8)}
+    return aot.Case("twice", "v5e", twice, (abstract((256, 256), jnp.bfloat16),), launches)
+
+
 CASES = {
+    "twice": twice_case,
+    "one core": lambda: aot.Case("one", "v5p", square, (SQUARE,), {"forward": aot.Launch(1)}),
     "small blocks": lambda: matmul_case("v5e", (128, 128, 128), 1024),
     "large blocks": lambda: matmul_case("v5e", (512, 1024, 1024), 4096),
     "v5p": lambda: matmul_case("v5p", (256, 256, 256), 512),
@@ -287,14 +178,12 @@ CASES = {
     "causal": lambda: causal_case("v5p"),
     "gradient": lambda: gradient_case({"forward": aot.Launch(1), "backward": aot.Launch(1)}),
     "one is not named": lambda: gradient_case({"backward": aot.Launch(1)}),
-    "abort": lambda: aot.Case("aborts", "v5e", abort, (abstract((8, 128), jnp.float32),), {}),
+    "abort": lambda: aot.Case("aborts", "v5e", abort, (SQUARE,), {}),
     "one too many": lambda: gradient_case(
         {"forward": aot.Launch(1), "backward": aot.Launch(1), "third": aot.Launch(1)}
     ),
     "regions": lambda: matmul_case("v5e", (128, 128, 128), 256, regions=(0.5,)),
-    "too large": lambda: aot.Case(
-        "hoards", "v5e", hoard, (abstract((128, 128), jnp.float32),), {"hoard": aot.Launch(1)}
-    ),
+    "too large": lambda: aot.Case("hoards", "v5e", hoard, (SQUARE,), {"hoard": aot.Launch(1)}),
 }
 
 
@@ -365,6 +254,18 @@ def test_two_cores_take_half_the_steps_each(outcomes):
     (estimate,) = outcomes["causal"]
     assert estimate.compute == pytest.approx(64 * estimate.bundles / V5P.clock)
     assert estimate.bytes_exact
+
+
+@needs_libtpu
+def test_a_kernel_that_is_called_twice_counts_twice(outcomes):
+    first, second = outcomes["twice"]
+    assert first == second
+
+
+@needs_libtpu
+def test_a_kernel_without_parallel_axes_runs_on_one_core(outcomes):
+    (estimate,) = outcomes["one core"]
+    assert estimate.compute == pytest.approx(estimate.bundles / V5P.clock)
 
 
 @needs_libtpu

@@ -78,34 +78,47 @@ def test_the_grids_loop_runs_its_steps_and_fills_and_drains(name, steps):
     assert parse(*sample(name)).iterations == steps + 2
 
 
+def swap(*pairs):
+    """Replaces texts, a pair each."""
+
+    def damage(text):
+        for old, new in pairs:
+            assert old in text
+            text = text.replace(old, new)
+        return text
+
+    return damage
+
+
 BUNDLES = {
     "nothing": (lambda text: "", "bundles such as"),
     "another file": (lambda text: sample("matmul_v5e")[1], "bundles such as"),
     "a bundle is missing": (lambda text: re.sub(r"\n  0x4c .*", "", text), "bundle 0x4c.*consecutive.*0x4d"),
     "the end is missing": (lambda text: text[: text.rindex("= vsyncpa")], "bundle .*closing brace"),
     "the tail is missing": (lambda text: text[: text.index("\n 0x163")], "rows.*355 bundles.*found 360"),
-    "branches say no target": (lambda text: text.replace("target bundleno", "to"), "target bundleno = N"),
-    "branches are called otherwise": (lambda text: text.replace("sbr.rel", "jump"), "labels LB"),
-    "a way into functions": (lambda text: text.replace("= sfence", "= scall").replace("= vsyncpa", "= scall", 1), "scall"),
-    "targets are far away": (lambda text: text.replace("bundleno = 332", "bundleno = 33200"), "within the 360"),
-    "regions cross": (lambda text: text.replace("bundleno = 103", "bundleno = 340").replace("0x67 PF", "0x67   "),
-                      "ends within"),
-    "labels are elsewhere": (lambda text: text.replace("0x67 PF:", "0x67   :").replace("0x68  ", "0x68 PF"), "labels PF"),
-    "an unknown matmul": (lambda text: text.replace("vmatmul.bf16.gmra", "vmatmul.f8e4m3.gmra"), "vmatmul of bf16 or f32"),
-    "the pipeline's test": (lambda text: text.replace(", 9 ", ", 7 ").replace(", 9}", ", 7}"), "pipeline's own test"),
-    "the number of steps": (lambda text: text.replace(", 10 /* loop exit", ", %s9 /* loop exit"), "number of steps"),
-    "two grids": (lambda text: text.replace("0x68   : > {", "0x68   : > { %s9 = sphi /* iteration index, stage = 0 */ ;;"),
-                  "one outermost loop"),
-}  # fmt: skip
+    "branches say no target": (swap(("target bundleno", "to")), "target bundleno = N"),
+    "branches are called otherwise": (swap(("sbr.rel", "jump")), "labels LB"),
+    "a way into functions": (swap(("= vsyncpa [#allocation4], 0", "= scall")), "scall"),
+    "targets are far away": (swap(("bundleno = 332", "bundleno = 33200")), "within the 360"),
+    "regions cross": (swap(("bundleno = 103", "bundleno = 340"), ("0x67 PF", "0x67   ")), "ends within"),
+    "labels are elsewhere": (swap(("0x67 PF:", "0x67   :"), ("0x68  ", "0x68 PF")), "labels PF"),
+    "an unknown matmul": (swap(("vmatmul.bf16.gmra", "vmatmul.f8e4m3.gmra")), "vmatmul of bf16 or f32"),
+    "the pipeline's test": (swap((", 9 ", ", 7 ")), "pipeline's own test"),
+    "the number of steps": (swap((", 10 /* loop exit", ", %s9 /* loop exit")), "number of steps"),
+    "two grids": (
+        swap(("0x68   : > {", "0x68   : > { %s9 = sphi /* iteration index, stage = 0 */ ;;")),
+        "one outermost",
+    ),
+}
 USE = {
     "nothing": (lambda text: "", "units, their capacity"),
     "a row is missing": (lambda text: text[: text.rstrip().rindex("\n")], "one for each of the 360 bundles.*found 359"),
     "a row too many": (lambda text: text.rstrip() + "\n0 0 0 0 0 0 0 0 0 0\n", "found 361"),
-    "a unit is called otherwise": (lambda text: text.replace("EUP", "TRANSCENDENTAL"), "line 2.*EUP"),
-    "a unit more": (lambda text: text.replace("SALU", "SALU, XYZ"), "line 2"),
+    "a unit is called otherwise": (swap(("EUP", "TRANSCENDENTAL")), "line 2.*EUP"),
+    "a unit more": (swap(("SALU", "SALU, XYZ")), "line 2"),
     "a short row": (lambda text: text.rstrip()[:-2], "row .*10 numbers"),
-    "no numbers": (lambda text: text.replace("4     3", "four  3"), "whole numbers"),
-    "more than there are": (lambda text: text.replace("4     3     4", "4     3     1"), "slots"),
+    "no numbers": (swap(("4     3", "four  3")), "whole numbers"),
+    "more than there are": (swap(("4     3     4", "4     3     1")), "slots"),
 }
 
 
