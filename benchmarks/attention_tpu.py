@@ -1,17 +1,18 @@
-"""What dense attention costs a TPU at the lengths of Long Range Arena, by its compiler: a floor, nothing runs.
+"""Dense attention beside our kernels on a TPU, by its compiler: static estimates, nothing runs.
 
     python benchmarks/attention_tpu.py [CHIP] [LENGTH ...]
 
-jax.nn.dot_product_attention, forward and backward, bfloat16, batch 1, 8 heads of 64, every token sees all. The floor
-is the larger of FLOPs over the chip's peak and bytes over its bandwidth, as the compiler counts both. It is a static
-estimate, and favours dense attention: a program reaches neither. Beside it stand our kernels' static estimates, which
-`longwave report attention` prints.
+Forward and backward, causal, bfloat16, batch 1, 8 heads of 64. Dense is jax.nn.dot_product_attention, at the least
+that it can take: the larger of its FLOPs over the chip's peak and its bytes over the bandwidth, as the compiler counts
+both; a program reaches neither, so that the ratio is a floor too. Ours is the time of the kernels' schedules, as
+`longwave report attention` prints it, which has the lengths 1,024, 4,096 and 16,384.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import attention_tpu  # by name: the child process imports it
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from longwave.kernels.aot.chips import CHIPS
+from longwave.kernels.aot.estimate import Case, CaseError, estimates
 from longwave.kernels.aot.isolate import in_subprocess
 from longwave.kernels.aot.topology import topology
 
@@ -26,34 +28,48 @@ HEADS, HEAD_DIM = 8, 64
 
 
 def main() -> int:
+    sys.stdout.reconfigure(line_buffering=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chip", nargs="?", default="v5e", choices=CHIPS)
-    parser.add_argument("lengths", nargs="*", type=int, metavar="LENGTH", default=[1024, 2048, 4096, 16384, 65536])
+    parser.add_argument("lengths", nargs="*", type=int, metavar="LENGTH", default=[1024, 4096, 16384])
     options = parser.parse_args()
     chip = CHIPS[options.chip]
-    print(f"Dense attention on {chip.name}, forward and backward, {HEADS} heads of {HEAD_DIM}: a static estimate")
-    for length in options.lengths:
+    print(f"Causal attention on {chip.name}, forward and backward, {HEADS} heads of {HEAD_DIM}: static estimates")
+    found = estimates(attention_tpu.kernels, chip.name, options.lengths, return_errors=True)
+    for i, length in enumerate(options.lengths):
+        pair = found[2 * i : 2 * i + 2]
+        errors = [error for error in pair if isinstance(error, CaseError)]
+        ours = sum(estimate.time for kernels in pair for estimate in kernels) if not errors else None
+        print(f"  {length:7,d} ours  {f'{ours * 1e6:10,.0f} us' if ours else errors[0]}")
         try:
-            flops, moved, held = in_subprocess(attention_tpu.cost, chip.name, length)
+            flops, moved, held = in_subprocess(attention_tpu.dense, chip.name, length)
         except jax.errors.JaxRuntimeError as error:
             reason = next((line for line in str(error).splitlines() if "hbm" in line.lower()), str(error))
-            print(f"  {length:7,d} does not compile: {reason[:160]}")
+            print(f"  {length:7,d} dense does not compile: {reason[:160]}")
             continue
-        compute, memory = flops / chip.peak, moved / chip.bandwidth
+        floor = max(flops / chip.peak, moved / chip.bandwidth)
         print(
-            f"  {length:7,d} {flops / 1e9:8,.0f} GFLOP {moved / 2**20:8,.0f} MiB moved {held / 2**20:7,.0f} MiB held"
-            f"  at least {max(compute, memory) * 1e6:8,.0f} us ({'compute' if compute > memory else 'memory'} bound)"
+            f"  {length:7,d} dense {floor * 1e6:10,.0f} us at least: {flops / 1e9:,.0f} GFLOP, {moved / 2**20:,.0f} MiB "
+            f"moved, {held / 2**20:,.0f} MiB held{f'; {floor / ours:.1f} x ours' if ours else ''}"
         )
     return 0
 
 
-def cost(chip: str, length: int) -> tuple[float, float, int]:
+def kernels(chip: str, lengths: Sequence[int]) -> list[Case]:
+    """Our forward and backward program of each length."""
+    from longwave.kernels.attention import report
+
+    ours = {entry.problem: entry.candidates[0].case for entry in report.cases(chip) if not entry.peer}
+    return [ours[f"{way} causal t={length} d={HEAD_DIM}"] for length in lengths for way in ("forward", "backward")]
+
+
+def dense(chip: str, length: int) -> tuple[float, float, int]:
     """FLOPs, bytes accessed, and bytes held beside arguments and results."""
     place = SingleDeviceSharding(topology(CHIPS[chip].topology)[0])
     x = jax.ShapeDtypeStruct((1, length, HEADS, HEAD_DIM), jnp.bfloat16, sharding=place)
 
     def gradient(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> tuple:
-        o, pull = jax.vjp(jax.nn.dot_product_attention, q, k, v)
+        o, pull = jax.vjp(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), q, k, v)
         return o, pull(do)
 
     compiled = jax.jit(gradient).lower(x, x, x, x).compile()

@@ -186,13 +186,18 @@ class Attention(Mixer):
         new = (None, None) if plain else (at.position, at.segment)
 
         def over(part: int, k: Array, v: Array, positions: Array | None, segments: Array | None):
-            at: dict[str, Any] = {"positions": (new[0], positions), "segment_ids": (new[1], segments)}
+            at: dict[str, Any] = {
+                "positions": (None if positions is None else new[0], positions),
+                "segment_ids": (new[1], segments),
+            }
             if self.rate == 0 or ctx.key is None:
-                return attention(q, k, v, mask=self.mask, **at, return_lse=True, axes=ctx.axes)
+                o = attention(q, k, v, mask=self.mask, **at, return_lse=carry is not None, axes=ctx.axes)
+                return (o, None) if carry is None else o
             key, reach = jax.random.fold_in(ctx.key, part), None if part or self.sinks else self.ring
             return dropped_attention(q, k, v, mask=self.mask, **at, rate=self.rate, key=key, reach=reach)
 
-        own = over(0, k, v, *new)
+        # Tokens of a document stand side by side, so where only distance counts their places in memory will do.
+        own = over(0, k, v, None if self.mask.relative else new[0], new[1])
         if carry is None:
             return own[0]
         position, live = self._slots(carry)

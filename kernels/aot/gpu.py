@@ -207,7 +207,8 @@ def compile(fn: Callable[..., Any], *args: Any, mesh: Mesh | None = None, chip: 
     whole = NamedSharding(mesh, PartitionSpec())
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or whole)
     with tempfile.TemporaryDirectory() as folder:
-        report = compile_ahead(fn, *jax.tree.map(place, args), mesh=mesh, compiler_options={"xla_dump_to": folder})
+        dump = {"xla_dump_to": folder, "xla_dump_emitter_re": ".*"}  # the second: PTX too, which jax 0.12 leaves out
+        report = compile_ahead(fn, *jax.tree.map(place, args), mesh=mesh, compiler_options=dump)
         kernels = tuple(_kernels(Path(folder), report.hlo))
     return Program(chip, kernels, report, _assembler())
 

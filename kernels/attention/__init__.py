@@ -11,11 +11,33 @@ from jaxtyping import Array, Float, Int
 
 from longwave.kernels.attention import ring
 from longwave.kernels.attention.forms import FEW_QUERIES, Backend, choose
-from longwave.kernels.attention.mask import Blocks, Causal, Mask, Sinks, Window
+from longwave.kernels.attention.mask import (
+    Blocks,
+    BlockSparse,
+    Butterfly,
+    Causal,
+    Global,
+    Mask,
+    Prefix,
+    Sinks,
+    Window,
+)
 from longwave.kernels.attention.reference import Coordinates, Scores, merge
 from longwave.kernels.partition import Axes, parts, sharded
 
-__all__ = ["Blocks", "Causal", "Mask", "Sinks", "Window", "attention", "merge"]
+__all__ = [
+    "BlockSparse",
+    "Blocks",
+    "Butterfly",
+    "Causal",
+    "Global",
+    "Mask",
+    "Prefix",
+    "Sinks",
+    "Window",
+    "attention",
+    "merge",
+]
 
 Ids = Int[Array, "*b t"] | tuple[Int[Array, "*b tq"] | None, Int[Array, "*b tk"] | None] | None
 

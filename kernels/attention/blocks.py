@@ -29,7 +29,8 @@ class Cut(NamedTuple):
 def forward(q: Array, k: Array, v: Array, mask: Mask) -> Cut:
     """Blocks of two pieces either way, pieces of two tiles of 512; less where time is shorter, or a table finer.
 
-    Tiles are halved where much of them is dead: a narrow window. One rule for all chips: ahead of time nobody knows for which one a program is traced.
+    Tiles are halved where much of them is dead, as in a narrow window. One rule for all chips: ahead of time nobody
+    knows for which one a program is traced.
     """
     size = granularity(mask)
     (pq, cq), (pk, ck) = (_nested(t, size) for t in (q.shape[1], k.shape[1]))
@@ -44,6 +45,8 @@ def forward(q: Array, k: Array, v: Array, mask: Mask) -> Cut:
 
     if cq == ck == 512 and computed(256) < 0.8 * computed(512):
         cq = ck = 256
+        pk *= times_k  # what is live of these keys, in one stretch of code
+        times_k = 1
     return Cut(times_q * pq, times_k * pk, (pq, pk), (cq, ck))
 
 
@@ -85,15 +88,16 @@ def backward(layout: Layout, tq: int, tk: int, itemsize: int, mask: Mask) -> Bac
     size, lanes = granularity(mask), layout.lanes + layout.lanes_v
     fits = lambda t: size is None or t <= min(size, LONGEST)
     q, k = (_even(t, LONGEST) if fits(t) else divisor(size, LONGEST) for t in (tq, tk))
-    padded, a_tile = -(-tq // q) * q, k * lanes * (4 * itemsize + 4)  # k, v, dk and dv, twice each, and two sums
+    padded, n = -(-tq // q) * q, -(-tk // k)
+    a_tile = k * lanes * (4 * itemsize + 4)  # k, v, dk and dv, each twice, and two sums
     for buffers, tiles in itertools.product((2, 1), (4, 3, 2, 1)):
-        a_query = (
-            (lanes + layout.lanes) * itemsize * buffers + layout.lanes * 4 + 16 * layout.fold
-        )  # q, do, dq; its sum
-        most = (BACKWARD_VMEM_LIMIT - tiles * a_tile - 24 * q * k) // (layout.group * a_query)
-        if -(-tk // k) % tiles == 0 and most >= padded:
+        a_query = (lanes + layout.lanes) * itemsize * buffers + layout.lanes * 4 + 16 * layout.fold  # with q, do, dq
+        room = BACKWARD_VMEM_LIMIT - tiles * a_tile - 24 * q * k
+        most = room // (layout.group * a_query) // q * q
+        if n % tiles == 0 and most >= padded:
             return BackwardCut(q, k, tiles, padded, buffers)
-    return BackwardCut(q, k, 1, -(-padded // (-(-padded // most) * q)) * q, 1)
+    parts = -(-padded // most)
+    return BackwardCut(q, k, tiles, -(-padded // (parts * q)) * q, buffers)
 
 
 def _even(t: int, most: int) -> int:

@@ -46,6 +46,11 @@ class Mask:
         """True only where every query of [q_lo, q_hi] sees every key of [k_lo, k_hi]."""
         return True
 
+    @property
+    def relative(self) -> bool:
+        """Whether only the difference of two positions counts, so that they may count from anywhere."""
+        return type(self) is Mask
+
     def map(self, f: Callable[[Mask], Mask]) -> Mask:
         """The same formula of f(leaf) for each of its leaves."""
         return f(self)
@@ -62,6 +67,10 @@ class Causal(Mask):
     """A query sees the positions up to its own plus `offset`: with tk - tq, the last query sees the last key."""
 
     offset: int = 0
+
+    @property
+    def relative(self) -> bool:
+        return True
 
     def visible(self, q: Positions, k: Positions) -> Answer:
         return k <= q + self.offset
@@ -87,6 +96,10 @@ class Window(Mask):
         _at_least(1, self, "size")
         if self.ahead is not None:
             _at_least(0, self, "ahead")
+
+    @property
+    def relative(self) -> bool:
+        return True
 
     @property
     def right(self) -> int:
@@ -270,6 +283,10 @@ class BlockSparse(Mask):
 class _Pair(Mask):
     a: Mask
     b: Mask
+
+    @property
+    def relative(self) -> bool:
+        return self.a.relative and self.b.relative
 
     def map(self, f: Callable[[Mask], Mask]) -> Mask:
         return type(self)(self.a.map(f), self.b.map(f))

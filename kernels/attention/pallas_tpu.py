@@ -33,18 +33,21 @@ def supports(q: Any, k: Any, v: Any, q_at: Coordinates, k_at: Coordinates, score
         return f"heads of width {d}; up to {WIDEST} are supported"
     if 0 in (*q.shape, *k.shape, *v.shape):
         return "an array is empty"
-    cuts = (
+    cut, back = (
         blocks.forward(q, k, v, scores.mask),
         blocks.backward(Layout.of(q, k, v), q.shape[1], k.shape[1], q.dtype.itemsize, scores.mask),
     )
-    for cut in cuts:
-        if reason := refusal(scores.mask, q_at, k_at, Split(q.shape[1], cut.q), Split(k.shape[1], cut.k)):
+    back_at = q_at if back.part >= q.shape[1] else q_at.placed(q.shape[1])  # parts know their positions
+    for c, at in ((cut, q_at), (back, back_at)):
+        if reason := refusal(scores.mask, at, k_at, Split(q.shape[1], c.q), Split(k.shape[1], c.k)):
             return reason
-    plan, given = Plan.of(q, k, v, q_at, k_at, scores, cuts[0]), jax.tree.leaves((q_at, k_at))
+    plan, given = Plan.of(q, k, v, q_at, k_at, scores, cut), jax.tree.leaves((q_at, k_at))
     rows = q.shape[0] if any(x.ndim == 2 for x in given) else 1
     visited = plan.q.n * plan.k.n if given else plan.steps(q_at, k_at)[0].flags.size
-    if (needed := len(Steps._fields) * 4 * rows * visited) > SMEM_BYTES:
-        return f"lists of {rows} x {visited:,} visits, {needed:,} bytes; scalar memory has {SMEM_BYTES:,} for them"
+    visited_back = back.part // back.q * -(-k.shape[1] // back.k)
+    numbers = max(len(Steps._fields) * visited, 3 * visited_back)
+    if (needed := 4 * rows * numbers) > SMEM_BYTES:
+        return f"lists of {rows} x {numbers:,} numbers, {needed:,} bytes; scalar memory has {SMEM_BYTES:,} for them"
     return None
 
 

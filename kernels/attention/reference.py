@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -82,7 +83,8 @@ def attention(
     b, tq, h, d = q.shape
     tk, kv = k.shape[1:3]
     s = scores.cap(scores.scale * einsum32("bqngd,bknd->bngqk", q.reshape(b, tq, kv, h // kv, d), k))
-    see = visible(scores.mask, q_at.placed(tq), k_at.placed(tk))
+    at = jax.tree.map(jnp.atleast_2d, (q_at.placed(tq), k_at.placed(tk)))  # either may be the same for all rows
+    see = visible(scores.mask, *at)
     see = jnp.broadcast_to(see, (b, tq, tk))[:, None, None]
     s = jnp.where(see, s, -jnp.inf)
     m = lax.stop_gradient(jnp.max(s, -1, keepdims=True))

@@ -1,4 +1,4 @@
-"""What `longwave report longwave.kernels.attention.report_backward` shows: the TPU backward kernel, and splash's.
+"""The part of `longwave report attention` on the backward pass: the TPU kernel, and splash_attention's.
 
 Of splash_attention the fused kernel, whose sum over as many dq as there are blocks of keys is left to XLA and not
 counted here, and the pair of dkv and dq, each at several sizes of block. Causal, bfloat16, eight heads.
@@ -32,12 +32,12 @@ def cases(chip: str) -> list[Entry]:
     entries = []
     for d in DIMENSIONS:
         for n in LENGTHS:
-            problem = f"backward causal n={n} d={d} bfloat16"
+            problem = f"backward causal t={n} d={d}"
             entries.append(Entry(problem, "longwave", [Candidate(_ours(problem, chip, n, d))]))
             for fused in (True, False):
                 rivals = [_splash(problem, chip, n, d, size, fused) for size in SIZES]
                 entries.append(
-                    Entry(problem, f"splash_attention, {'fused' if fused else 'dkv + dq'}", rivals, peer=True)
+                    Entry(problem, f"jax splash_attention, {'fused' if fused else 'dkv + dq'}", rivals, peer=True)
                 )
     return entries
 
@@ -74,14 +74,14 @@ def _splash(problem: str, chip: str, n: int, d: int, size: tuple[int, int, int],
         use_fused_bwd_kernel=fused,
         **own,
     )
-    mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((n, n))] * HEADS)
-    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
     x, row = jax.ShapeDtypeStruct((HEADS, n, d), jnp.bfloat16), jax.ShapeDtypeStruct((HEADS, n), jnp.float32)
-    known = (False, splash.DEFAULT_MASK_VALUE, False, sizes, None, kernel.kwargs["mask_function"], None, False)
-    backward = partial(splash._splash_attention_bwd, *known)
 
     def call(q, k, v, o, lse, do):
-        return backward((q, k, v, None, None, o, lse, kernel.dq_mask_info, kernel.dkv_mask_info), do)[3:6]
+        mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((n, n))] * HEADS)
+        kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
+        known = (False, splash.DEFAULT_MASK_VALUE, False, sizes, None, kernel.kwargs["mask_function"], None, False)
+        kept = (q, k, v, None, None, o, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
+        return splash._splash_attention_bwd(*known, kept, do)[3:6]
 
     grid = n // bq, n // bk
     live = sum(i * bq + bq > j * bk for i in range(grid[0]) for j in range(grid[1])) / (grid[0] * grid[1])

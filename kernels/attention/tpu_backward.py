@@ -3,7 +3,7 @@
     s = scale k q'     p = 2^(log2(e) s - lse)     dp = v do'     ds = p * (dp - delta)
     dv += p do         dk += scale ds q            dq += scale ds' k
 
-A grid step is a block of keys, whose dk and dv stay in VMEM while it walks through the blocks of queries that see it.
+A grid step is a few blocks of keys, whose dk and dv stay in VMEM while it walks through the queries that see them.
 What it walks over stays there too: q, do and the float32 sums of dq of all queries of the group of heads that share
 the keys, so that a visit moves nothing and costs its matmuls, and p is formed once (two kernels would form it twice:
 14 n^2 d operations instead of 10). A longer sequence of queries comes in parts, which hand the sums of dk and dv on.

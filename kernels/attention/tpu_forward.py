@@ -15,7 +15,7 @@ power, an addition and a conversion.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -114,22 +114,35 @@ def _kernel(plan: Plan, patterns: tuple[Pattern, ...], rows: int, places: int, *
     (q_steps, k_steps, flags, found), refs = refs[:4], Refs.of(refs[4:], places)
     row, i = pl.program_id(0) if rows > 1 else 0, pl.program_id(2)
     flag, starts = flags[row, i], (q_steps[row, i] * plan.q.c, k_steps[row, i] * plan.k.c)
-    pl.when(flag & FIRST != 0)(partial(_start, refs))
+    start, finish = partial(_start, refs), partial(_finish, plan, refs)
 
     def piece(n: Any, _: None) -> None:
         code = lax.shift_right_logical(found[row, i], n * BITS) & (1 << BITS) - 1
         at = n // plan.pieces[1] * plan.piece[0], n % plan.pieces[1] * plan.piece[1]
         for number, pattern in enumerate(patterns, 1):
-            pl.when(code == number)(partial(_piece, plan, refs, pattern, flag, starts, at))
+            compute = partial(_piece, plan, refs, pattern, flag, starts, at)
+            pl.when(code == number)(_in_turn(start, compute, finish) if plan.single else compute)
 
+    if plan.single:  # in one stretch of code
+        piece(jnp.int32(0), None)
+        pl.when(found[row, i] == 0)(_in_turn(start, finish))
+        return
+    pl.when(flag & FIRST != 0)(start)
     lax.fori_loop(0, math.prod(plan.pieces), piece, None)
-    pl.when(flag & LAST != 0)(partial(_finish, plan, refs))
+    pl.when(flag & LAST != 0)(finish)
+
+
+def _in_turn(*steps: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run
 
 
 def _start(refs: Refs) -> None:
+    """Where m is FLOOR, no key was seen yet: what l and acc hold there is of no account, and is not cleared."""
     refs.m[...] = jnp.full_like(refs.m, FLOOR)
-    refs.l[...] = jnp.zeros_like(refs.l)
-    refs.acc[...] = jnp.zeros_like(refs.acc)
     for column, place in zip(refs.columns, refs.places, strict=False):
         column[...] = jnp.broadcast_to(place[0], column.shape[::-1]).T
 
@@ -158,7 +171,7 @@ def _attend(
     """These keys into the sums of these rows, for these of the heads in the block of lanes."""
     q, k, v = refs.q[0, rows], refs.k[0, keys], refs.v[0, keys]
     cap, scale = plan.scores.softcap, plan.scores.scale
-    probabilities, fades = [], []
+    probabilities, fades, before = [], [], []
     for head in heads:
         s = lax.dot_general(q, _of_head(plan, head, k, 0), NT, preferred_element_type=jnp.float32)
         s = scale * LOG2E * s if cap is None else LOG2E * plan.scores.cap(scale * s)
@@ -168,20 +181,26 @@ def _attend(
         m_new = jnp.maximum(m, jnp.max(s, 1, keepdims=True))
         p, fade = jnp.exp2(s - _wide(m_new, s.shape[1])), jnp.exp2(m - m_new)
         refs.m[head, rows] = m_new
-        refs.l[head, rows] = refs.l[head, rows] * fade + sum(jnp.split(p, p.shape[1] // LANES, 1))
+        l = jnp.where(m == FLOOR, 0.0, refs.l[head, rows] * fade)
+        refs.l[head, rows] = l + sum(jnp.split(p, p.shape[1] // LANES, 1))
         probabilities.append(p.astype(v.dtype))
         fades.append(_of_head(plan, head, _wide(fade, refs.acc.shape[1]), 1))
+        before.append(_of_head(plan, head, _wide(m, refs.acc.shape[1]), 0))
     p, v = jnp.concatenate(probabilities, 1), jnp.concatenate([_of_head(plan, head, v, 0) for head in heads])
-    refs.acc[rows] = refs.acc[rows] * math.prod(fades) + jnp.dot(p, v, preferred_element_type=jnp.float32)
+    acc = jnp.where(sum(before) == FLOOR, 0.0, refs.acc[rows] * math.prod(fades))
+    refs.acc[rows] = acc + jnp.dot(p, v, preferred_element_type=jnp.float32)
 
 
 def _finish(plan: Plan, refs: Refs) -> None:
+    lanes = refs.acc.shape[1]
+
     def finish(head: Any, _: None) -> None:
         m = refs.m[head]
         l = jnp.broadcast_to(jnp.sum(refs.l[head], 1, keepdims=True), m.shape)
-        m, row = _row(m), _row(l)
-        refs.lse[0, head] = jnp.where(row == 0, -jnp.inf, m / LOG2E + jnp.log(row))
-        refs.acc[...] *= _of_head(plan, head, _wide(1 / jnp.where(l == 0, 1.0, l), refs.acc.shape[1]), 1)
+        m_row, l_row = _row(m), _row(l)
+        refs.lse[0, head] = jnp.where(m_row == FLOOR, -jnp.inf, m_row / LOG2E + jnp.log(l_row))
+        acc = refs.acc[...] * _of_head(plan, head, _wide(1 / l, lanes), 1)
+        refs.acc[...] = jnp.where(_of_head(plan, head, _wide(m, lanes), 0) == FLOOR, 0.0, acc)
 
     lax.fori_loop(0, plan.layout.fold, finish, None, unroll=plan.layout.fold <= UNROLLED)
     refs.o[0] = refs.acc[...].astype(refs.o.dtype)

@@ -83,6 +83,11 @@ class Plan:
         """Of a piece, by queries and by keys."""
         return self.piece[0] // self.tile[0], self.piece[1] // self.tile[1]
 
+    @property
+    def single(self) -> bool:
+        """Whether every block of queries has one visit, of one piece."""
+        return self.k.n == 1 and self.pieces == (1, 1)
+
     def places(self, q_at: Coordinates, k_at: Coordinates) -> list[Int[Array, "rows 1 t"]]:
         """Positions and segments of queries, then those of keys, where they are data."""
         if self.positions:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from longwave.kernels.attention.mask import Mask, granularity, tables
+from longwave.kernels.attention.mask import BlockSparse, Mask, granularity, tables
 from longwave.kernels.attention.reference import Coordinates
 
 # Flags of a visit. FIRST, LAST: of its outer block. LIVE: some pair is visible. MASKED: some pair may be hidden. From
@@ -78,7 +78,7 @@ def pairs(
     corners = _corners(_ranges(q_at.position, q), _ranges(k_at.position, k))
     padded = (np.arange(k.n) + 1) * k.c > k.t
     live, whole = mask.live(*corners), mask.whole(*corners) & ~padded[None, None, :]
-    if k_at.segment is not None:
+    if q_at.segment is not None and k_at.segment is not None:
         q_ids, k_ids = _ranges(q_at.segment, q, inside=True), _ranges(k_at.segment, k, inside=True)
         q_lo, q_hi, k_lo, k_hi = _corners(q_ids, k_ids)
         live = live & (q_lo <= k_hi) & (k_lo <= q_hi)
@@ -112,8 +112,10 @@ def _table_bits(mask: Mask, q_at: Coordinates, k_at: Coordinates, q: Split, k: S
     if reason := refusal(mask, q_at, k_at, q, k):
         raise ValueError(f"attention: {reason}")
     corners = _corners(_ranges(None, q), _ranges(None, k))
-    cells = [table.live(*corners)[0].astype(np.int32) * (TABLE << i) for i, table in enumerate(tables(mask))]
-    return sum(cells, start=np.zeros((q.n, k.n), np.int32))
+    bits = np.zeros((q.n, k.n), np.int32)
+    for i, table in enumerate(tables(mask)):
+        bits |= np.where(np.asarray(table.live(*corners))[0], TABLE << i, 0).astype(np.int32)
+    return bits
 
 
 def _ranges(x: Any, blocks: Split, *, inside: bool = False) -> tuple[Any, Any]:
@@ -198,11 +200,12 @@ def tile_visible(
     k_index: where keys stand in memory; from tk on they are the kernel's own padding.
     flags:   of the visit. A mask with tables needs them: what a table says of the tile is a bit there.
     """
-    found = tables(mask)
-    if found and flags is None:
-        raise ValueError("tile_visible: a mask with tables (BlockSparse) needs the flags of the visit")
-    cell = lambda leaf: _Cell(flags & (TABLE << found.index(leaf))) if leaf in found else leaf
-    see = (k_index < tk) & mask.map(cell).visible(q_position, k_position)
+    if found := tables(mask):
+        if flags is None:
+            raise ValueError("tile_visible: a mask with tables (BlockSparse) needs the flags of the visit")
+        cells = {table: _Cell(flags & (TABLE << i)) for i, table in enumerate(found)}
+        mask = mask.map(lambda leaf: cells[leaf] if isinstance(leaf, BlockSparse) else leaf)
+    see = (k_index < tk) & mask.visible(q_position, k_position)
     if q_segment is not None and k_segment is not None:
         see = see & (q_segment == k_segment) & (k_segment >= 0)
     return see

@@ -169,7 +169,7 @@ class Kernel:
                 _put(desks.da, here, da)
         return carry, sums
 
-    def _before(self, desks: Desks, chain: int, r: int, flags: Array | None, begins: tuple) -> Number:
+    def _before(self, desks: Desks, chain: int, r: int, flags: Any, begins: tuple) -> Number:
         """What token r was handed when h was swept: mostly the h beside it."""
         beside = r - 1 if self.sweep.reverse else r + 1
         inside = 0 <= beside < SUBLANES
@@ -198,7 +198,7 @@ class Kernel:
                 tokens = desks.spread[place // self.size.lanes, pl.ds(i * SUBLANES, SUBLANES)]
                 desks.flags[SUBLANES * place : SUBLANES * (place + 1)] = tokens
 
-    def _flags(self, desks: Desks, chain: int, i: Array, r: int) -> Array | None:
+    def _flags(self, desks: Desks, chain: int, i: Array, r: int) -> Any:
         """Of token r: one for all channels of a row, or where a register holds several rows, one for each."""
         if desks.flags is not None:
             return desks.flags[self._token(chain, r)]
