@@ -76,7 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--plot", metavar="PATH", help="draw it into this PNG file")
     parser.add_argument("--cores", nargs="+", type=int, default=[0])
     parser.add_argument("--rounds", type=int, default=5, help="of up to 4,096 tokens; longer ones have fewer")
-    parser.add_argument("--memory", type=float, default=4, help="GiB that a contestant may take")
+    parser.add_argument("--memory", type=float, default=8, help="GiB that a contestant may take")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     return parser.parse_args()
 

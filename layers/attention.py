@@ -128,7 +128,7 @@ class Attention(Mixer):
     def mask(self) -> Mask:
         near = Mask()
         if self.window is not None:
-            near = Window(self.window) | Sinks(self.sinks)
+            near = Window(self.window) | Sinks(self.sinks) if self.sinks else Window(self.window)
         if self.block is not None:
             near = Blocks(self.block)
         return Causal() & near if self.causal else near

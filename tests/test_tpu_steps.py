@@ -55,6 +55,20 @@ def test_a_small_sharded_step_compiles_and_gathers_no_activation(model, slice_of
 
 @needs_compiler
 @pytest.mark.full
+@pytest.mark.parametrize("mesh", ["{'data': 16}", "{'data': 4, 'seq': 4}"], ids=["data", "ring"])
+def test_a_transformer_on_16_chips_runs_the_attention_kernels(mesh):
+    """Its config of record at one layer: forward and backward kernels in the step, and no gathered sequence."""
+    files = "tests/configs/stand_ins/pathfinder.gin", "configs/models/transformer.gin"
+    small = "models.Backbone.depth=1", "STEPS=10", "train.batch_size=32"
+    report = compile_step("v5e:4x4", *files, *small, f"train.mesh={mesh}")
+    assert report.fits
+    assert aot.custom_calls(report.hlo)["tpu_custom_call"] == 2
+    gathered = [shape for c in report.collectives if c.kind == "all-gather" for shape in c.results]
+    assert not [shape for shape in gathered if 1024 in shape.dims]
+
+
+@needs_compiler
+@pytest.mark.full
 @pytest.mark.large
 def test_path_x_fits_one_v5e_chip(capsys):
     """16,384 steps, 6 x 256, batch 16, rematerialised: forward, backward and update on one chip."""

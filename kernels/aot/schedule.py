@@ -24,7 +24,7 @@ DELAY = 4  # the bundles after a branch that are issued whether it is taken or n
 _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:([A-Z]{2})\+? *)?: *[> ]*\{", re.MULTILINE)
 _MNEMONIC = re.compile(r"(?:\{|;;)\s*(?:%\S+ = )?([a-z]\w*(?:\.\w+)*)")
 _BRANCH = re.compile(r"(?:\{|;;)\s*%\w+ = sbr\.rel (?:\((!?%\w+)\) )?target bundleno = (\d+)")
-_MATMUL = re.compile(r"vmatmul\.(?:mubr\.)?(?:msk\.)?(bf16|f32)\b")
+_MATMUL = re.compile(r"vmatmul\.(?:mubr\.)?(?:msk\.)?(lmr\.bf16|bf16|f32)\b")
 _COUNTER = re.compile(r"(%\w+) = sphi [^;]*?iteration index, stage = 0\b(?! iter bound)")
 _DEFINITION = re.compile(r"(%[ps]\w+) = (p[a-z]+|scmp\.\w+\.s32\.totalorder|sld|smov|scalar_select) ([^;}/]*)")
 _CORE = re.compile(r"(%\w+) = sld \S+ /\* core id")
@@ -68,7 +68,8 @@ class Schedule:
 
     use: slots that each bundle fills, a column for each of `UNITS`; capacity: slots there are.
         VLOAD counts the reloads of spilled registers (VLOAD:FILL) too, and VSTORE their spills.
-    matmuls: dtype -> `vmatmul` instructions of each bundle (one feeds a vector register to a matrix unit).
+    matmuls: dtype -> `vmatmul` instructions of each bundle (one feeds a vector register to a matrix unit). "lmr.bf16"
+        is the form that v5e and v5p take where no more than half of the unit's rows are used.
     root: the kernel, with its loops and predicated regions.
     grid: the loop over the grid, None where the grid is one step.
     iterations: how often `grid` runs: the steps of one core, and up to two more that fill and drain the pipeline.
@@ -149,7 +150,7 @@ def _utilization(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _matmuls(code: list[_Bundle]) -> dict[str, np.ndarray]:
-    count = {"bf16": np.zeros(len(code), int), "f32": np.zeros(len(code), int)}
+    count = {dtype: np.zeros(len(code), int) for dtype in ("bf16", "lmr.bf16", "f32")}
     for i, bundle in enumerate(code):
         if "vmatmul" not in bundle:
             continue

@@ -122,6 +122,7 @@ def weigh(schedule: Schedule, kernel: Kernel, launch: Launch, chip: Chip) -> Est
     bundles = float(weight.sum())
     slots = dict(zip(UNITS, (weight @ schedule.use).tolist(), strict=True))
     used = {unit: slots[unit] / bundles / size for unit, size in zip(UNITS, schedule.capacity.tolist(), strict=True)}
+    # float32 has half as many rows a register. "lmr" stands twice as dense in schedules bound by matmuls: half, too.
     cycles = sum(
         float(weight @ count) * chip.cycles * (1.0 if dtype == "bf16" else 0.5)
         for dtype, count in schedule.matmuls.items()

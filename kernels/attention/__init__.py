@@ -94,7 +94,13 @@ def _coordinates(q: Array, k: Array, positions: Ids, segment_ids: Ids) -> tuple[
     if k_segments is None and q_segments is not None:
         k_segments = jnp.zeros(k.shape[1], jnp.int32)
     q_positions, k_positions = pair(positions)
-    return Coordinates(q_positions, q_segments), Coordinates(k_positions, k_segments)
+    q_at, k_at = Coordinates(q_positions, q_segments), Coordinates(k_positions, k_segments)
+    for side, at, x in (("queries", q_at, q), ("keys", k_at, k)):
+        for field, ids in at._asdict().items():
+            if ids is not None and ids.shape not in (x.shape[1:2], x.shape[:2]):
+                allowed = f"{x.shape[1:2]} or {x.shape[:2]}"
+                raise ValueError(f"attention: {field}s of the {side} have shape {ids.shape}; it must be {allowed}")
+    return q_at, k_at
 
 
 def _axes(axes: Axes, q: Array, k: Array) -> Axes:

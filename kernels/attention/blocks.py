@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from longwave.kernels.attention.mask import Mask, granularity
 from longwave.kernels.attention.reference import Coordinates
-from longwave.kernels.attention.tpu_layout import Layout
+from longwave.kernels.attention.tpu_layout import LANES, Layout
 from longwave.kernels.attention.visits import Split, pairs
 
 VMEM_LIMIT = 48 * 2**20  # bytes a kernel may use: there is that much on every chip
@@ -67,7 +67,8 @@ class BackwardCut(NamedTuple):
     """Blocks of q queries by k keys, of one tile each.
 
     tiles:   blocks of keys in a grid step.
-    part:    queries that stay in VMEM, fetched into so many `buffers`: into two while the last ones are computed.
+    part:    queries that stay in VMEM, fetched into so many `buffers`: into two while the last ones are computed. 0:
+             not even a block of the shortest fits.
     """
 
     q: int
@@ -83,11 +84,14 @@ class BackwardCut(NamedTuple):
     piece = tile
 
 
-def backward(layout: Layout, tq: int, tk: int, itemsize: int, mask: Mask) -> BackwardCut:
-    """Of queries all that fit into VMEM (tpu_backward.py); only where these are fewer than tq is `part` less."""
-    size, lanes = granularity(mask), layout.lanes + layout.lanes_v
-    fits = lambda t: size is None or t <= min(size, LONGEST)
-    q, k = (_even(t, LONGEST) if fits(t) else divisor(size, LONGEST) for t in (tq, tk))
+def backward(layout: Layout, tq: int, tk: int, itemsize: int, mask: Mask, longest: int | None = None) -> BackwardCut:
+    """Of queries all that fit into VMEM (tpu_backward.py); only where these are fewer than tq is `part` less.
+
+    longest: queries or keys of a block: LONGEST, and less where no block of so many queries of a wide group fits.
+    """
+    size, lanes, longest = granularity(mask), layout.lanes + layout.lanes_v, longest or LONGEST
+    fits = lambda t: size is None or t <= min(size, longest)
+    q, k = (_even(t, longest) if fits(t) else divisor(size, longest) for t in (tq, tk))
     padded, n = -(-tq // q) * q, -(-tk // k)
     a_tile = k * lanes * (4 * itemsize + 4)  # k, v, dk and dv, each twice, and two sums
     for buffers, tiles in itertools.product((2, 1), (4, 3, 2, 1)):
@@ -96,6 +100,10 @@ def backward(layout: Layout, tq: int, tk: int, itemsize: int, mask: Mask) -> Bac
         most = room // (layout.group * a_query) // q * q
         if n % tiles == 0 and most >= padded:
             return BackwardCut(q, k, tiles, padded, buffers)
+    if not most and longest > LANES:
+        return backward(layout, tq, tk, itemsize, mask, longest // 2)
+    if not most:
+        return BackwardCut(q, k, tiles, 0, buffers)
     parts = -(-padded // most)
     return BackwardCut(q, k, tiles, -(-padded // (parts * q)) * q, buffers)
 

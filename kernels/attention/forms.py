@@ -67,6 +67,8 @@ def choose(
 def _forms(backend: Backend, q: Array, k: Array, v: Array, q_at: Coordinates, k_at: Coordinates, scores: Scores):
     call = q, k, v, q_at, k_at, scores
     match backend:
+        case "reference":
+            return Forms(default=FEW)
         case "chunked":
             return Forms()
         case "pallas":

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from longwave.kernels.attention import blocks, tpu_backward, tpu_forward, tpu_layout
+from longwave.kernels.attention.mask import tables
 from longwave.kernels.attention.reference import Coordinates, Scores
 from longwave.kernels.attention.tpu_layout import Layout
 from longwave.kernels.attention.tpu_plan import Plan, Steps
@@ -22,6 +23,7 @@ from longwave.kernels.attention.visits import Split, refusal
 # The scalar memory of a core is 1 MiB: lists of visits may have three quarters of it.
 SMEM_BYTES = 3 * 2**18
 WIDEST = 256  # head dimension
+FEW = 128  # queries of a group of heads that fit into one block
 
 
 def supports(q: Any, k: Any, v: Any, q_at: Coordinates, k_at: Coordinates, scores: Scores) -> str | None:
@@ -37,6 +39,8 @@ def supports(q: Any, k: Any, v: Any, q_at: Coordinates, k_at: Coordinates, score
         blocks.forward(q, k, v, scores.mask),
         blocks.backward(Layout.of(q, k, v), q.shape[1], k.shape[1], q.dtype.itemsize, scores.mask),
     )
+    if not back.part:
+        return f"groups of {q.shape[2] // k.shape[2]} heads of width {d}, too many for VMEM to hold their queries"
     back_at = q_at if back.part >= q.shape[1] else q_at.placed(q.shape[1])  # parts know their positions
     for c, at in ((cut, q_at), (back, back_at)):
         if reason := refusal(scores.mask, at, k_at, Split(q.shape[1], c.q), Split(k.shape[1], c.k)):
@@ -62,11 +66,25 @@ def forward(
     cut: blocks.Cut | None = None,
 ) -> tuple[Float[Array, "b tq h dv"], Float[Array, "b tq h"]]:
     """Output in v's dtype and float32 log-sum-exp. cut: other blocks than those that are chosen."""
+    tq, g = q.shape[1], q.shape[2] // k.shape[2]
+    if g > 1 and tq * g <= FEW and cut is None and not tables(scores.mask):  # they need positions 0, 1, 2, ...
+        return _forward_by_group(q, k, v, q_at, k_at, scores)
     plan = Plan.of(q, k, v, q_at, k_at, scores, cut or blocks.forward(q, k, v, scores.mask))
     layout, (steps, patterns) = plan.layout, plan.steps(q_at, k_at)
     arrays = layout.queries(q, plan.tq), layout.keys(k, plan.tk), layout.keys(v, plan.tk)
     o, lse = run(partial(tpu_forward.call, plan, patterns), steps, *arrays, *plan.places(q_at, k_at))
     return layout.of_queries(o, plan.q.t, layout.dv), tpu_layout.of_rows(lse, plan.q.t)
+
+
+def _forward_by_group(q, k, v, q_at, k_at, scores):
+    """Few queries: those of all heads that read the same key head, under each other, so that it is read once."""
+    b, tq, h, d = q.shape
+    kv, g = k.shape[2], h // k.shape[2]
+    rows = q.reshape(b, tq, kv, g, d).swapaxes(2, 3).reshape(b, tq * g, kv, d)
+    rows_at = jax.tree.map(lambda x: jnp.repeat(x, g, axis=-1), q_at.placed(tq))
+    o, lse = forward(rows, k, v, rows_at, k_at, scores)
+    by_head = lambda x: x.reshape(b, tq, g, kv, -1).swapaxes(2, 3).reshape(b, tq, h, -1)
+    return by_head(o), by_head(lse)[..., 0]
 
 
 def backward(

@@ -88,7 +88,7 @@ class Layout:
         """Likewise for key heads: gradients of keys that were repeated are summed, in float32."""
         if self.fold == 1:
             wide = self.wide if w == self.d else self.wide_v
-            return x[:, :t].reshape(x.shape[0], t, self.kv, wide)[..., :w]
+            return x[:, :t, : self.kv * wide].reshape(x.shape[0], t, self.kv, wide)[..., :w]
         x = self.of_queries(x, t, w).reshape(x.shape[0], t, self.kv, -1, w)
         return jnp.sum(x.astype(jnp.float32), 3).astype(x.dtype)
 

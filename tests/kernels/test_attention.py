@@ -223,3 +223,5 @@ def test_wrong_arguments_are_named():
         attention(q, q[..., :6], q)
     with pytest.raises(ValueError, match="softcap = 0 must be positive"):
         attention(q, q, q, softcap=0)
+    with pytest.raises(ValueError, match=r"positions of the keys have shape \(1,\); it must be \(3,\) or \(1, 3\)"):
+        attention(q[:, :1], q, q, positions=jnp.array([2]))  # of one query, and not of three keys

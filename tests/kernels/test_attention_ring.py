@@ -46,8 +46,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_ring_equals_the_oracle(name):
+@pytest.mark.parametrize(("name", "backend"), [*((name, "auto") for name in CASES), ("causal", "reference")])
+def test_ring_equals_the_oracle(name, backend):
     mask, see = CASES[name]
     draw = np.random.default_rng(0).normal
     arrays = [draw(size=(B, T, n, d)) for n, d in ((H, D), (KV, D), (KV, DV), (H, DV))] + [draw(size=(B, T, H))]
@@ -59,7 +59,8 @@ def test_ring_equals_the_oracle(name):
         ids = {"segment_ids": jnp.asarray(segment), "positions": jnp.asarray(position)}
         see = see & (segment[:, :, None] == segment[:, None, :])
     mesh = jax.make_mesh((2, 4), ("rows", "time"), axis_types=(AxisType.Auto,) * 2)
-    form = partial(attention, mask=mask, return_lse=True, axes=Axes(batch="rows", seq="time"), **ids)
+    axes = Axes(batch="rows", seq="time")
+    form = partial(attention, mask=mask, return_lse=True, axes=axes, backend=backend, **ids)
 
     @jax.jit
     def run(q, k, v, do, dlse):

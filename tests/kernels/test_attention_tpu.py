@@ -52,6 +52,27 @@ def test_small_heads_share_lanes():
     check(x, see, Scores(Causal(-5), 0.2, softcap=3.0))
 
 
+def test_decoding_reads_the_live_part_of_the_cache_once():
+    """One token of eight heads on two key heads; keys that nobody has written yet are NaN, in a block not visited."""
+    x = oracle.inputs(2, 1, 3000, 8, 2, 128, 128)
+    end = np.array([700, 1])
+    see = (index(3000)[None] < end[:, None])[:, None]
+    written = index(3000)[:, None, None] < 2048
+    q_at = Coordinates(end[:, None] - 1, np.zeros((2, 1), int))
+    k_at = Coordinates(index(3000)[None], np.where(see[:, 0], 0, -1))
+    forward = jax.jit(functools.partial(pallas_tpu.forward, scores=Scores(Causal(), 0.1)))
+    o, lse = forward(x.q, jnp.where(written, x.k, jnp.nan), x.v, *jax.tree.map(jnp.asarray, (q_at, k_at)))
+    want = oracle.attention(x, see, scale=0.1)
+    assert_close(o, want.o, ATTENTION_FORWARD["float32"], "o")
+    assert_close(lse, want.lse, ATTENTION_FORWARD["float32"], "lse")
+
+
+def test_few_queries_of_a_group_look_up_a_table():
+    table = np.array([[True, False, True]])
+    x = oracle.inputs(1, 8, 384, 4, 2, 64, 64)
+    check(x, np.broadcast_to(np.repeat(table, 128, 1), (8, 384)), Scores(BlockSparse(table, 128), 0.125))
+
+
 def test_documents_in_rows_of_their_own():
     """Lists made as it runs, with tails of dead visits; a document that only queries have, and padding."""
     x = oracle.inputs(2, 400, 600, 2, 2, 64, 64)

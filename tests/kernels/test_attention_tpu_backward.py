@@ -44,6 +44,11 @@ def test_causal_blocks_of_heads_that_share_lanes():
     check(x, lower(263, 263), Scores(Causal(), 0.125))
 
 
+def test_one_small_head_has_the_lanes_to_itself():
+    x = oracle.inputs(1, 40, 50, 1, 1, 24, 16)
+    check(x, lower(40, 50), Scores(Causal(), 0.2))
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_group_of_heads_soft_cap_and_padded_keys():
     """Three query heads of 80 read one of dv 136: q and v of other widths, padded keys, queries that see nothing."""
@@ -80,6 +85,17 @@ def test_what_stays_in_vmem_fits(t, heads, kv, d, itemsize):
     assert cut.part >= min(t, 1024)
 
 
+@pytest.mark.parametrize(("heads", "d", "q", "part"), [(71, 64, 256, 256), (64, 256, 128, 128), (128, 256, 128, 0)])
+def test_many_heads_on_one_key_head_take_shorter_blocks_or_none(heads, d, q, part):
+    """A 71st of VMEM does not hold 512 float32 queries."""
+    x, one = (jax.ShapeDtypeStruct((1, 2048, n, d), jnp.float32) for n in (heads, 1))
+    cut = blocks.backward(Layout.of(x, one, one), 2048, 2048, 4, Mask())
+    assert (cut.q, cut.part) == (q, part)
+    refused = pallas_tpu.supports(x, one, one, Coordinates(), Coordinates(), Scores(Causal(), 1.0))
+    assert (refused is None) == (part > 0), refused
+    assert part or f"groups of {heads} heads" in refused
+
+
 def test_walk_stands_at_each_block_of_keys():
     q = jax.ShapeDtypeStruct((1, 700, 1, 128), jnp.bfloat16)
     cut = blocks.BackwardCut(128, 256, 1, 768, 2)
@@ -102,6 +118,7 @@ CALLS = {
     "wide, all that fits": ((1, 16384, 1, 1, 256), Scores(Mask(), 0.1), {}),
     "narrow float32": ((1, 256, 4, 4, 8), Scores(Causal() & Blocks(48), 0.1), {}),
     "parts": ((1, 32768, 2, 1, 128), Scores(Causal(), 0.1), {}),
+    "parts of a wide float32 group": ((1, 700, 71, 1, 64), Scores(Causal(), 0.1), {}),
 }
 
 

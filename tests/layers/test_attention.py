@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from longwave.kernels.attention import Causal, Sinks, Window
 from longwave.layers import dropped_attention
 from longwave.layers.attention import Attention
 from longwave.layers.mixer import Context, Unsupported, parameter_roles
@@ -241,6 +242,12 @@ def test_a_carry_keeps_its_dtype_and_y_that_of_x():
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), nnx.state(mixer))
     nnx.update(mixer, half)
     assert mixer.init_carry(1, capacity=4)["k"].dtype == jnp.bfloat16
+
+
+def test_a_window_alone_is_a_mask_that_every_kernel_knows():
+    """Only distance counts in it, unlike with first tokens that stay visible."""
+    assert build(heads=2, window=4).mask == Causal() & Window(4)
+    assert build(heads=2, window=4, sinks=1).mask == Causal() & (Window(4) | Sinks(1))
 
 
 def test_both_sides_refuse_a_carry():
