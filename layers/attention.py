@@ -18,6 +18,7 @@ slots live.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -191,7 +192,9 @@ class Attention(Mixer):
                 "segment_ids": (new[1], segments),
             }
             if self.rate == 0 or ctx.key is None:
-                o = attention(q, k, v, mask=self.mask, **at, return_lse=carry is not None, axes=ctx.axes)
+                # Slots of a carry are not split over time.
+                axes = dataclasses.replace(ctx.axes, seq=None) if part else ctx.axes
+                o = attention(q, k, v, mask=self.mask, **at, return_lse=carry is not None, axes=axes)
                 return (o, None) if carry is None else o
             key, reach = jax.random.fold_in(ctx.key, part), None if part or self.sinks else self.ring
             return dropped_attention(q, k, v, mask=self.mask, **at, rate=self.rate, key=key, reach=reach)

@@ -56,15 +56,24 @@ def test_a_small_sharded_step_compiles_and_gathers_no_activation(model, slice_of
 @needs_compiler
 @pytest.mark.full
 @pytest.mark.parametrize("mesh", ["{'data': 16}", "{'data': 4, 'seq': 4}"], ids=["data", "ring"])
-def test_a_transformer_on_16_chips_runs_the_attention_kernels(mesh):
-    """Its config of record at one layer: forward and backward kernels in the step, and no gathered sequence."""
+@pytest.mark.parametrize(
+    ("length", "width"), [(512, 128), pytest.param(1024, 512, marks=pytest.mark.large)], ids=["small", "of record"]
+)
+def test_a_transformer_on_16_chips_runs_the_attention_kernels(length, width, mesh):
+    """One layer: forward and backward kernels in the step, and no gathered sequence."""
     files = "tests/configs/stand_ins/pathfinder.gin", "configs/models/transformer.gin"
-    small = "models.Backbone.depth=1", "STEPS=10", "train.batch_size=32"
+    small = (
+        "models.Backbone.depth=1",
+        f"models.Backbone.width={width}",
+        f"LENGTH={length}",
+        "STEPS=10",
+        "train.batch_size=32",
+    )
     report = compile_step("v5e:4x4", *files, *small, f"train.mesh={mesh}")
     assert report.fits
     assert aot.custom_calls(report.hlo)["tpu_custom_call"] == 2
     gathered = [shape for c in report.collectives if c.kind == "all-gather" for shape in c.results]
-    assert not [shape for shape in gathered if 1024 in shape.dims]
+    assert not [shape for shape in gathered if length in shape.dims]
 
 
 @needs_compiler

@@ -75,6 +75,9 @@ def attention(
     _check(q, k, v, softcap)
     q_at, k_at = _coordinates(q, k, positions, segment_ids)
     scores = Scores(mask, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
+    if 0 in (*q.shape, *k.shape, *v.shape):
+        o, lse = jnp.zeros((*q.shape[:3], v.shape[-1]), v.dtype), jnp.full(q.shape[:3], -jnp.inf)
+        return (o, lse) if return_lse else o
     axes = _axes(axes, q, k)
     around = None
     if axes.seq:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-from jaxtyping import Array
-
 from longwave.kernels.attention.mask import Mask, granularity
 from longwave.kernels.attention.reference import Coordinates
-from longwave.kernels.attention.tpu_layout import LANES, Layout
+from longwave.kernels.attention.tpu_layout import LANES, Layout, Shaped
 from longwave.kernels.attention.visits import Split, pairs
 
 VMEM_LIMIT = 48 * 2**20  # bytes a kernel may use: there is that much on every chip
@@ -26,7 +24,7 @@ class Cut(NamedTuple):
     tile: tuple[int, int]
 
 
-def forward(q: Array, k: Array, v: Array, mask: Mask) -> Cut:
+def forward(q: Shaped, k: Shaped, v: Shaped, mask: Mask) -> Cut:
     """Blocks of two pieces either way, pieces of two tiles of 512; less where time is shorter, or a table finer.
 
     Tiles are halved where much of them is dead, as in a narrow window. One rule for all chips: ahead of time nobody
@@ -41,7 +39,7 @@ def forward(q: Array, k: Array, v: Array, mask: Mask) -> Cut:
 
     def computed(c: int) -> int:
         at = Coordinates(), Coordinates()
-        return c * c * pairs(mask, *at, Split(q.shape[1], c), Split(k.shape[1], c))[0].sum()
+        return c * c * int(pairs(mask, *at, Split(q.shape[1], c), Split(k.shape[1], c))[0].sum())
 
     if cq == ck == 512 and computed(256) < 0.8 * computed(512):
         cq = ck = 256
@@ -90,8 +88,8 @@ def backward(layout: Layout, tq: int, tk: int, itemsize: int, mask: Mask, longes
     longest: queries or keys of a block: LONGEST, and less where no block of so many queries of a wide group fits.
     """
     size, lanes, longest = granularity(mask), layout.lanes + layout.lanes_v, longest or LONGEST
-    fits = lambda t: size is None or t <= min(size, longest)
-    q, k = (_even(t, longest) if fits(t) else divisor(size, longest) for t in (tq, tk))
+    cut = lambda t: _even(t, longest) if size is None or t <= min(size, longest) else divisor(size, longest)
+    q, k = cut(tq), cut(tk)
     padded, n = -(-tq // q) * q, -(-tk // k)
     a_tile = k * lanes * (4 * itemsize + 4)  # k, v, dk and dv, each twice, and two sums
     for buffers, tiles in itertools.product((2, 1), (4, 3, 2, 1)):

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,8 @@ class _Cut:
         (self.nq, self.cq), (self.nk, self.ck) = _split(self.tq, of_queries), _split(self.tk, block)
         q_at, k_at = q_at.placed(self.tq), k_at.placed(self.tk)
         if k_at.segment is None and self.nk * self.ck > self.tk:  # the padding must be told from keys
-            q_at, k_at = (x._replace(segment=jnp.zeros_like(x.position)) for x in (q_at, k_at))
+            q_at = q_at._replace(segment=jnp.zeros(self.tq, jnp.int32))
+            k_at = k_at._replace(segment=jnp.zeros(self.tk, jnp.int32))
         self.at = q_at, k_at
 
     def queries(self, x: Array) -> Array:
@@ -119,7 +121,7 @@ def _split(t: int, block: int) -> tuple[int, int]:
     return n, t if n == 1 else min(block, -(-t // (8 * n)) * 8)
 
 
-def _pad(x: Array, axis: int, size: int, **how) -> Array:
+def _pad(x: Any, axis: int, size: int, **how) -> Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, widths, **how)

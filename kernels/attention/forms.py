@@ -14,7 +14,7 @@ import functools
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from jaxtyping import Array
 
@@ -32,9 +32,10 @@ FEW_QUERIES, FEW_SCORES, MANY_KEYS = 4, 32**2, 1024
 TPU = Form(pallas_tpu.forward, pallas_tpu.backward)
 
 
-def few_forward(*args: Any) -> tuple[Array, Array]:
-    *args, scores = args
-    return reference.attention(*args, scores=scores)
+def few_forward(
+    q: Array, k: Array, v: Array, q_at: Coordinates, k_at: Coordinates, scores: Scores
+) -> tuple[Array, Array]:
+    return reference.attention(q, k, v, q_at, k_at, scores=scores)
 
 
 FEW = Form(few_forward, chunked.backward)
@@ -72,10 +73,12 @@ def _forms(backend: Backend, q: Array, k: Array, v: Array, q_at: Coordinates, k_
         case "chunked":
             return Forms()
         case "pallas":
-            for reason in (pallas_tpu.supports(*call), pallas_gpu.supports(*call)):
-                if reason is not None:
-                    raise ValueError(f"attention: backend = 'pallas' does not take this call: {reason}")
-            return Forms(TPU, gpu.PALLAS, default=TPU)
+            refused = {"TPUs": pallas_tpu.supports(*call), "GPUs": pallas_gpu.supports(*call)}
+            if all(refused.values()):
+                reasons = "; ".join(f"on {platform}: {reason}" for platform, reason in refused.items())
+                raise ValueError(f"attention: backend = 'pallas' does not take this call: {reasons}")
+            tpu = None if refused["TPUs"] else TPU
+            return Forms(tpu, None if refused["GPUs"] else gpu.PALLAS, default=tpu or gpu.PALLAS)
         case "auto":
             few = q.shape[1] <= FEW_QUERIES
             tpu = None if few and k.shape[1] < MANY_KEYS else TPU

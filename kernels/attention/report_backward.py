@@ -64,15 +64,15 @@ def _ours(problem: str, chip: str, n: int, d: int) -> Case:
 
 def _splash(problem: str, chip: str, n: int, d: int, size: tuple[int, int, int], fused: bool) -> Candidate:
     bq, bk, compute = size
-    own = {} if fused else {"block_q_dq": bq, "block_kv_dq": bk}
     sizes = splash.BlockSizes(
         block_q=bq,
         block_kv=bk,
         block_q_dkv=bq,
         block_kv_dkv=bk,
         block_kv_dkv_compute=compute,
+        block_q_dq=None if fused else bq,
+        block_kv_dq=None if fused else bk,
         use_fused_bwd_kernel=fused,
-        **own,
     )
     x, row = jax.ShapeDtypeStruct((HEADS, n, d), jnp.bfloat16), jax.ShapeDtypeStruct((HEADS, n), jnp.float32)
 

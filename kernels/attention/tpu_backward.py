@@ -47,10 +47,10 @@ BY_ROWS = (((0,), (0,)), ((), ()))
 class Walk(NamedTuple):
     """Visits by keys: a grid step with the j-th keys makes those from start[j] to start[j + 1]."""
 
-    start: Int[Array, "rows steps+1"]
-    q: Int[Array, "rows n"]
-    k: Int[Array, "rows n"]
-    flags: Int[Array, "rows n"]
+    start: Int[Array | np.ndarray, "rows steps+1"]
+    q: Int[Array | np.ndarray, "rows n"]
+    k: Int[Array | np.ndarray, "rows n"]
+    flags: Int[Array | np.ndarray, "rows n"]
 
     @classmethod
     def of(cls, plan: Plan, cut: BackwardCut, q_at: Coordinates, k_at: Coordinates) -> Walk:
@@ -59,7 +59,8 @@ class Walk(NamedTuple):
         # Sorted, the places of what is not marked come last; each block of keys has one that is.
         marked = lambda flag: xp.sort(xp.where(found.flags & flag != 0, xp.arange(found.q.shape[1])[None], 2**30), 1)
         first, last = (marked(flag)[:, : plan.k.n] for flag in (FIRST, LAST))
-        return cls(xp.concatenate([first[:, :: cut.tiles], last[:, -1:] + 1], 1).astype(np.int32), *found)
+        start = xp.concatenate([first[:, :: cut.tiles], last[:, -1:] + 1], 1).astype(np.int32)
+        return cls(start, found.q, found.k, found.flags)
 
 
 class Refs(NamedTuple):
@@ -86,8 +87,8 @@ class Refs(NamedTuple):
     def of(cls, refs: tuple[Any, ...], places: int, sums: int) -> Refs:
         inputs, outputs = refs[: 6 + places + sums], refs[6 + places + sums :]
         columns, k_t = outputs[6 : 6 + places // 2], outputs[6 + places // 2 :]
-        places, sums = inputs[6 : 6 + places], inputs[6 + places :]
-        return cls(*inputs[:6], list(places), list(sums), *outputs[:6], list(columns), k_t[0] if k_t else None)
+        given, totals = inputs[6 : 6 + places], inputs[6 + places :]
+        return cls(*inputs[:6], list(given), list(totals), *outputs[:6], list(columns), k_t[0] if k_t else None)
 
 
 def call(
@@ -312,7 +313,7 @@ def _turned(plan: Plan, x: Array) -> Array:
     return x.T if _is_transposed(plan) else x
 
 
-def _span(i: Any, size: int) -> pl.Slice:
+def _span(i: Any, size: int) -> Any:
     """The i-th piece of this size."""
     return pl.ds(pl.multiple_of(i * size, size), size)
 

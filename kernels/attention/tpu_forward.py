@@ -166,7 +166,7 @@ def _piece(plan: Plan, refs: Refs, pattern: Pattern, flag: Any, block: tuple[Any
 
 
 def _attend(
-    plan: Plan, refs: Refs, heads: Sequence[Any], rows: pl.Slice, keys: pl.Slice, see: Bool[Array, "rows keys"] | None
+    plan: Plan, refs: Refs, heads: Sequence[Any], rows: Any, keys: Any, see: Bool[Array, "rows keys"] | None
 ) -> None:
     """These keys into the sums of these rows, for these of the heads in the block of lanes."""
     q, k, v = refs.q[0, rows], refs.k[0, keys], refs.v[0, keys]
@@ -214,7 +214,7 @@ def _row(x: Float[Array, "bq 128"]) -> Float[Array, "1 bq"]:
     )
 
 
-def _visible(plan: Plan, refs: Refs, flag: Any, q_start: Any, k_start: Any, rows: pl.Slice, keys: pl.Slice) -> Array:
+def _visible(plan: Plan, refs: Refs, flag: Any, q_start: Any, k_start: Any, rows: Any, keys: Any) -> Array:
     half = len(refs.columns)
     k_index = k_start + keys.start + lax.broadcasted_iota(jnp.int32, (1, keys.size), 1)
     q_position, k_position = q_start + rows.start + lax.broadcasted_iota(jnp.int32, (rows.size, 1), 0), k_index

@@ -8,12 +8,14 @@ dimension is padded to 128 or 256 lanes; below 128, `fold` heads share a block o
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from longwave.kernels.attention.reference import Coordinates
 
+Shaped = Any  # an array, or the shape and dtype of one
 LANES = 128
 SMALL = (8, 16, 32, 64)  # head dimensions below LANES
 
@@ -35,7 +37,8 @@ class Layout:
     wide_v: int
 
     @classmethod
-    def of(cls, q: Float[Array, "b tq h d"], k: Float[Array, "b tk kv d"], v: Float[Array, "b tk kv dv"]) -> Layout:
+    def of(cls, q: Shaped, k: Shaped, v: Shaped) -> Layout:
+        """For q (b, tq, h, d), k (b, tk, kv, d) and v (b, tk, kv, dv)."""
         h, d, kv, dv = *q.shape[2:], *v.shape[2:]
         wide = next((w for w in SMALL if max(d, dv) <= w), LANES)
         while wide < LANES < h * wide and h % (LANES // wide):

@@ -19,9 +19,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Int
 
 from longwave.kernels.attention import tpu_layout
-from longwave.kernels.attention.blocks import Cut
+from longwave.kernels.attention.blocks import BackwardCut, Cut
 from longwave.kernels.attention.reference import Coordinates, Scores
-from longwave.kernels.attention.tpu_layout import Layout
+from longwave.kernels.attention.tpu_layout import Layout, Shaped
 from longwave.kernels.attention.visits import LIVE, Split, pairs, visits
 
 Side = Literal["q", "k"]
@@ -34,10 +34,10 @@ Pattern = tuple[tuple[int, ...], ...]  # of each tile of a piece, by queries and
 class Steps(NamedTuple):
     """Lists of visits (visits.py), and of each the patterns of its pieces, BITS each: 0 where none is live."""
 
-    q: Int[Array, "rows n"]
-    k: Int[Array, "rows n"]
-    flags: Int[Array, "rows n"]
-    patterns: Int[Array, "rows n"]
+    q: Int[Array | np.ndarray, "rows n"]
+    k: Int[Array | np.ndarray, "rows n"]
+    flags: Int[Array | np.ndarray, "rows n"]
+    patterns: Int[Array | np.ndarray, "rows n"]
 
     @property
     def rows(self) -> int:
@@ -59,7 +59,16 @@ class Plan:
     segments: bool
 
     @classmethod
-    def of(cls, q: Array, k: Array, v: Array, q_at: Coordinates, k_at: Coordinates, scores: Scores, cut: Cut) -> Plan:
+    def of(
+        cls,
+        q: Shaped,
+        k: Shaped,
+        v: Shaped,
+        q_at: Coordinates,
+        k_at: Coordinates,
+        scores: Scores,
+        cut: Cut | BackwardCut,
+    ) -> Plan:
         splits = Split(q.shape[1], cut.q), Split(k.shape[1], cut.k)
         positions = q_at.position is not None or k_at.position is not None
         return cls(Layout.of(q, k, v), scores, *splits, cut.piece, cut.tile, positions, k_at.segment is not None)
@@ -110,7 +119,8 @@ class Plan:
         packed = (codes << (BITS * np.arange(codes.shape[-1], dtype=np.int32))[None, None, None]).sum(-1)
         row = np.arange(found.q.shape[0])[:, None] if packed.shape[0] > 1 else 0
         lit = (found.flags & LIVE) // LIVE  # 0 in the tail of a list, which repeats a visit
-        return Steps(*found, (packed[row, found.q, found.k] * lit).astype(np.int32)), patterns
+        numbers = (packed[row, found.q, found.k] * lit).astype(np.int32)
+        return Steps(found.q, found.k, found.flags, numbers), patterns
 
     def _kinds(self, states: Int[np.ndarray, "nq nk"]) -> tuple[Int[np.ndarray, "nq nk"], tuple[Pattern, ...]]:
         """Of every piece the number of its pattern, from the states of tiles; and the patterns."""

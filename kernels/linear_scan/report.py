@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def case(
 ) -> Case:
     """One program. a_dtype: of a (b, t, d); None: a is (d,), float32."""
     b, t, d = size
-    real = jax.ShapeDtypeStruct
+    real: Any = jax.ShapeDtypeStruct
     number = lambda *of: Pair(real(*of), real(*of)) if is_complex else real(*of)
     a = number((d,), jnp.float32) if a_dtype is None else number(size, a_dtype)
     x, state = number(size, dtype), number((b, d), jnp.float32)

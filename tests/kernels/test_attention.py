@@ -225,3 +225,11 @@ def test_wrong_arguments_are_named():
         attention(q, q, q, softcap=0)
     with pytest.raises(ValueError, match=r"positions of the keys have shape \(1,\); it must be \(3,\) or \(1, 3\)"):
         attention(q[:, :1], q, q, positions=jnp.array([2]))  # of one query, and not of three keys
+
+
+def test_no_keys_and_no_rows():
+    q, k = jnp.ones((2, 3, 4, 8)), jnp.ones((2, 0, 2, 8))
+    o, lse = attention(q, k, k, return_lse=True)
+    np.testing.assert_array_equal(o, np.zeros((2, 3, 4, 8)))
+    np.testing.assert_array_equal(lse, np.full((2, 3, 4), -np.inf))
+    assert attention(q[:0], k[:0], k[:0]).shape == (0, 3, 4, 8)
