@@ -86,9 +86,8 @@ def launch(plan: Plan) -> Launch:
     n, pieces, fold = steps.flags.size, int(np.prod(plan.pieces)), plan.layout.fold
     codes = steps.patterns[0][:, None] >> (BITS * np.arange(pieces))[None] & (1 << BITS) - 1
     looped = fold > tpu_forward.UNROLLED  # over heads: one pattern after the other, and at the end
-    stripe = lambda q: plan.scores.mask.visible(
-        jnp.arange(q, min(q + 512, plan.q.t))[:, None], jnp.arange(plan.k.t)[None]
-    )
+    rows = lambda q: jnp.arange(q, min(q + 512, plan.q.t))[:, None]
+    stripe = lambda q: plan.scores.mask.visible(rows(q), jnp.arange(plan.k.t)[None])
     seen = sum(int(jnp.sum(stripe(q))) for q in range(0, plan.q.t, 512))  # of a mask that hides something
     return Launch(
         steps=plan.layout.blocks * n,

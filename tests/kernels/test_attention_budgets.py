@@ -29,7 +29,7 @@ def ours(chip):
 
 @pytest.mark.full
 @pytest.mark.skipif(aot.missing() is not None, reason=aot.missing() or "")
-@pytest.mark.parametrize("chip", [*TARGETS])
+@pytest.mark.parametrize("chip", [pytest.param(chip, marks=[pytest.mark.large] * (chip != "v5e")) for chip in TARGETS])
 def test_static_estimates_reach_their_targets_and_stay_within_budget(chip):
     measured = dict(zip(names(chip), aot.estimates(ours, chip), strict=True))
     assert all(e.kernel == f"attention_{name.split()[0]}" for name in measured for e in measured[name])

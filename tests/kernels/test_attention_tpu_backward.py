@@ -124,8 +124,14 @@ CALLS = {
 
 @pytest.mark.full
 @compiles
-@pytest.mark.parametrize("slice_of", SLICES)
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("call", "slice_of"),
+    [
+        pytest.param(call, slice_of, marks=[pytest.mark.large] * (("v5e" not in slice_of and i > 0) or "parts" in call))
+        for i, call in enumerate(CALLS)
+        for slice_of in SLICES
+    ],
+)
 def test_compiles(call, slice_of):
     (b, t, h, kv, d), scores, places = CALLS[call]
     dtype = jnp.float32 if "float32" in call else jnp.bfloat16

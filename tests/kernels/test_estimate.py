@@ -326,6 +326,7 @@ def test_all_published_times_are_given_back():
 
 
 @pytest.mark.full
+@pytest.mark.large
 @needs_libtpu
 def test_other_peoples_kernels_can_be_estimated():
     """Of peak, in per cent: what another reading of the same compiler's schedules gave."""

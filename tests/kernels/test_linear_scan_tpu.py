@@ -267,14 +267,19 @@ def kernels(hlo):
 
 @full
 @needs_libtpu
-@pytest.mark.parametrize("chip", [*SLICES])
 @pytest.mark.parametrize(
-    ("is_complex", "varying", "d", "dtype"),
+    ("is_complex", "varying", "d", "dtype", "chip"),
     [
-        (False, True, 1152, "bfloat16"),
-        (True, False, 200, "float32"),
-        (True, True, 8, "bfloat16"),
-        (False, False, 4096, "float32"),
+        pytest.param(*case, chip, marks=[pytest.mark.large] * (chip != "v5e" and i > 0))
+        for i, case in enumerate(
+            (
+                (False, True, 1152, "bfloat16"),
+                (True, False, 200, "float32"),
+                (True, True, 8, "bfloat16"),
+                (False, False, 4096, "float32"),
+            )
+        )
+        for chip in SLICES
     ],
 )
 def test_compiles_with_gradient(chip, is_complex, varying, d, dtype):
