@@ -28,12 +28,14 @@ class Row(NamedTuple):
     result: Result
 
 
-def contest(operation: str, chip: str, entries: Sequence[Entry], *, jobs: int) -> list[Row]:
-    """Compiles every candidate of every entry; entries of one problem stand together, ours first."""
-    picks = [(i, j) for i, entry in enumerate(entries) for j in range(len(entry.candidates))]
+def contest(operation: str, chip: str, entries: Sequence[Entry], *, jobs: int, only: str = "") -> list[Row]:
+    """Compiles every candidate of every entry whose problem holds the words `only`; ours stand first in a problem."""
+    asked = [i for i, entry in enumerate(entries) if set(only.split()) <= set(entry.problem.split())]
+    picks = [(i, j) for i in asked for j in range(len(entries[i].candidates))]
     results = dict(measure(operation, "cases", chip, picks, jobs=jobs))
     rows = []
-    for i, entry in enumerate(entries):
+    for i in asked:
+        entry = entries[i]
         best = min(range(len(entry.candidates)), key=lambda j: seconds(results[i, j]))
         rows.append(Row(entry, entry.candidates[best], results[i, best]))
     order = list(dict.fromkeys(entry.problem for entry in entries))

@@ -2,6 +2,7 @@
 
     longwave report attention                            # on v5e; also draws attention-v5e.png
     longwave report attention --chip v5e v6e --save tables
+    longwave report attention --only 'forward t=4096 d=128'
     longwave report attention --chip v6e --tune          # first choose block sizes, into kernels/attention/blocks.json
     longwave report my_package.my_report                 # a module of your own with `cases(chip)`
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("operation", metavar="OPERATION", help="e.g. attention, or a module with `cases(chip)`")
     parser.add_argument("--chip", nargs="+", action="extend", metavar="NAME", help="v5e (default), v5p, v6e")
     parser.add_argument("--save", type=Path, default=Path(), metavar="DIR", help="of the roofline plots (default: .)")
+    parser.add_argument("--only", default="", metavar="WORDS", help="of the problems, e.g. 'forward d=128'")
     parser.add_argument("--tune", action="store_true", help="first compile the block sizes that the table lacks")
     parser.add_argument("--again", action="store_true", help="with --tune: also those that it has")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="compilers side by side (default: 2)")
@@ -87,7 +89,10 @@ def _report(args: argparse.Namespace, module: str, chip: str) -> bool:
     if args.tune:
         tune.tune(module, chip, again=args.again, jobs=args.jobs)
     entries: Sequence[Entry] = importlib.import_module(module).cases(chip)
-    rows = estimates.contest(module, chip, entries, jobs=args.jobs)
+    rows = estimates.contest(module, chip, entries, jobs=args.jobs, only=args.only)
+    if not rows:
+        problems = "; ".join(dict.fromkeys(entry.problem for entry in entries))
+        raise UsageError(f"--only {args.only!r}: expected words of one of: {problems}")
     name = args.operation.removesuffix(".report").rpartition(".")[2]
     print(estimates.table(name, chip, rows))
     args.save.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,11 @@ def test_the_fastest_candidate_of_each_counts_and_problems_stand_together(monkey
     first, second, peer = entries()
     peer = tune.Entry(peer.problem, peer.kernel, [*peer.candidates, *first.candidates], peer=True)
     results = {(0, 0): [estimate()], (1, 0): CaseError("no"), (2, 0): CaseError("no"), (2, 1): [estimate("other")]}
-    monkeypatch.setattr(estimates, "measure", lambda *args, jobs: results.items())
+    monkeypatch.setattr(
+        estimates,
+        "measure",
+        lambda operation, cases, chip, picks, jobs: {pick: results[pick] for pick in picks}.items(),
+    )
     found = estimates.contest(OPERATION, "v5e", [peer.__class__(**vars(e)) for e in (first, second, peer)], jobs=1)
     assert [(row.entry.problem, row.entry.kernel, row.candidate.label) for row in found] == [
         (first.problem, "tiled", "n=256"),
@@ -47,6 +51,8 @@ def test_the_fastest_candidate_of_each_counts_and_problems_stand_together(monkey
         ("backward", "tiled", "n=256"),
     ]
     assert found[1].result == [estimate("other")]
+    found = estimates.contest(OPERATION, "v5e", [first, second, peer], jobs=1, only="backward")
+    assert [row.entry.kernel for row in found] == ["tiled"]
 
 
 def test_every_kernel_has_a_line_and_the_last_one_the_ratio():
