@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 Names = str | tuple[str, ...] | None
@@ -43,6 +44,18 @@ def parts(names: Names) -> int:
     names = (names,) if isinstance(names, str) else names or ()
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in names)
+
+
+def left_to_xla(axes: Axes = Axes()) -> str | None:
+    """Why no kernel may run here: arrays of several devices whose axes nobody named, and XLA cannot split a kernel.
+
+    None: `axes` are given, or there is one device, or this already runs on each device's own shard.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    if axes or all(size == 1 or kind == AxisType.Manual for size, kind in sizes):
+        return None
+    return f"a mesh of {mesh.size} devices and no `axes`: XLA cannot split a kernel among them"
 
 
 def sharded(f: Callable[..., Any], axes: Axes, in_dims: Any, out_dims: Any) -> Callable[..., Any]:

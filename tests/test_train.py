@@ -261,7 +261,9 @@ def test_dry_run_prints_what_it_would_take(home, capsys):
 
 
 @pytest.mark.skipif(aot.missing() is not None, reason=aot.missing() or "")
-@pytest.mark.parametrize("slice_of", ["v5e:2x2", pytest.param("v5p:2x2x1", marks=pytest.mark.full), "v6e:2x2"])
+@pytest.mark.parametrize(
+    "slice_of", ["v5e:2x2", *(pytest.param(s, marks=pytest.mark.full) for s in ("v5p:2x2x1", "v6e:2x2"))]
+)
 def test_the_step_compiles_ahead_for_tpus(home, capsys, slice_of):
     command = [str(home / "tiny.gin"), "--compile_only", slice_of, "train.mesh={'data': 2, 'fsdp': 2}"]
     assert train.main(command) == 0

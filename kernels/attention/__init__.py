@@ -82,7 +82,7 @@ def attention(
     around = None
     if axes.seq:
         around = ring.ring(axes.seq, parts(axes.seq), mask, q_at, k_at, q.shape[1], k.shape[1])
-    form = choose(backend, q, k, v, q_at, k_at, scores, return_lse=return_lse, around=around)
+    form = choose(backend, q, k, v, q_at, k_at, scores, return_lse=return_lse, around=around, axes=axes)
     k, v = _key_heads_by_part(q, k, v, axes)
     dims = ("bth.", "bth.", "bth.", *jax.tree.map(lambda x: "bt"[2 - x.ndim :], (q_at, k_at)))
     o, lse = sharded(form, axes, dims, ("bth.", "bth"))(q, k, v, q_at, k_at)

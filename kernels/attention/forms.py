@@ -21,6 +21,7 @@ from jaxtyping import Array
 from longwave.kernels.attention import chunked, flash, gpu, pallas_gpu, pallas_tpu, reference, ring
 from longwave.kernels.attention.flash import Form, Forms
 from longwave.kernels.attention.reference import Coordinates, Scores
+from longwave.kernels.partition import Axes, left_to_xla
 
 Backend = Literal["auto", "reference", "chunked", "pallas"]
 Attend = Callable[[Array, Array, Array, Coordinates, Coordinates], tuple[Array, Array]]
@@ -52,8 +53,12 @@ def choose(
     *,
     return_lse: bool,
     around: ring.Ring | None,
+    axes: Axes,
 ) -> Attend:
     """The form for arrays of these shapes and dtypes. around: the devices that time is split over."""
+    if backend == "auto" and (reason := left_to_xla(axes)):
+        _log(reason)
+        backend = "chunked" if q.shape[1] > FEW_QUERIES else "reference"
     if around is not None:
         forms = _forms(backend, q, k, v, q_at.placed(q.shape[1]), k_at.placed(k.shape[1]), scores)
         return partial(ring.attention, forms, scores, around)
@@ -93,4 +98,4 @@ def _forms(backend: Backend, q: Array, k: Array, v: Array, q_at: Coordinates, k_
 
 @functools.cache
 def _log(reason: str) -> None:
-    logging.getLogger(__name__).info("attention on TPUs: chunked; not pallas: %s", reason)
+    logging.getLogger(__name__).info("attention in plain JAX, not by a kernel: %s", reason)

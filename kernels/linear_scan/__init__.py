@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from longwave.kernels.linear_scan import associative, chunked, pallas_tpu, reference
 from longwave.kernels.linear_scan.pair import Number, Pair, float32, pair, shape, through, where, zero_like
 from longwave.kernels.linear_scan.reference import Sweep, Tokens
-from longwave.kernels.partition import Axes, parts, sharded
+from longwave.kernels.partition import Axes, left_to_xla, parts, sharded
 
 __all__ = ["Pair", "linear_scan", "pair"]
 
@@ -121,7 +121,7 @@ def _with_gradient(
 def _by_platform(form: Callable, kernel: Callable, tokens: Tokens, *args: Number) -> Any:
     """`form` of what suits the platform that is compiled for; on TPUs `kernel`, where it serves such tokens."""
     own: dict[str, Callable] = {"cpu": form(chunked.sweep_tokens), "tpu": kernel}
-    if reason := pallas_tpu.refusal(tokens):
+    if reason := left_to_xla() or pallas_tpu.refusal(tokens):
         _log(f"on TPUs linear_scan runs by associative_scan, not by its kernel: {reason}")
         del own["tpu"]
     return jax.lax.platform_dependent(tokens, *args, default=form(associative.sweep_tokens), **own)

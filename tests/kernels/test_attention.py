@@ -233,3 +233,14 @@ def test_no_keys_and_no_rows():
     np.testing.assert_array_equal(o, np.zeros((2, 3, 4, 8)))
     np.testing.assert_array_equal(lse, np.full((2, 3, 4), -np.inf))
     assert attention(q[:0], k[:0], k[:0]).shape == (0, 3, 4, 8)
+
+
+def test_a_mesh_without_axes_is_left_to_the_forms_that_xla_can_split():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    q = jnp.ones((8, 64, 1, 8))
+    compiled_for = lambda: str(jax.jit(lambda q: attention(q, q, q)).trace(q).jaxpr)
+    assert "pallas_call" in compiled_for()
+    with jax.set_mesh(mesh):
+        assert "pallas_call" not in compiled_for()
+        alone = jax.jit(lambda q: attention(q, q, q, axes=Axes(batch="x")))
+        assert "pallas_call" in str(alone.trace(q).jaxpr)

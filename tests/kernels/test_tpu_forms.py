@@ -46,7 +46,7 @@ def test_carry_resets_and_padding_compile_with_gradient(name, slice_of):
         y, carry, _ = mixer(x, carry, Context(reset=reset, valid=valid))
         return y.sum() + sum(leaf.sum() for leaf in jax.tree.leaves(carry))
 
-    mesh = aot.mesh(aot.topology(slice_of), {"data": 4})
+    mesh = aot.mesh(aot.topology(slice_of)[:1], {"data": 1})  # one chip: where there is a kernel, it runs
     carry = nnx.merge(graphdef, params).init_carry(2, capacity=128)
     flags = jnp.zeros((2, 96), bool)
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
