@@ -55,7 +55,13 @@ def test_a_small_sharded_step_compiles_and_gathers_no_activation(model, slice_of
 
 @needs_compiler
 @pytest.mark.full
-@pytest.mark.parametrize("mesh", ["{'data': 16}", "{'data': 4, 'seq': 4}"], ids=["data", "ring"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param("{'data': 16}", id="data"),
+        pytest.param("{'data': 4, 'seq': 4}", id="ring", marks=pytest.mark.large),
+    ],
+)
 @pytest.mark.parametrize(
     ("length", "width"), [(512, 128), pytest.param(1024, 512, marks=pytest.mark.large)], ids=["small", "of record"]
 )

@@ -58,7 +58,9 @@ COVER = [case for case in CASES if not case.mask.startswith("table")]
 
 @needs_triton
 @pytest.mark.full
-@pytest.mark.parametrize("case", COVER, ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=str(case), marks=[pytest.mark.large] * (i % 5 > 0)) for i, case in enumerate(COVER)]
+)
 def test_cover_of_sizes_and_options_equals_the_oracle(case):
     b, kv = (1 if case.tq * case.tk > 2**17 else 2), (2 if case.heads == 1 else 1)
     x = oracle.inputs(b, case.tq, case.tk, case.heads * kv, kv, case.d, case.dv, dtype=case.dtype)

@@ -102,7 +102,10 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=full) for case in ALL)])
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, *(pytest.param(case, marks=[full, *[pytest.mark.large] * (i % 4 > 0)]) for i, case in enumerate(ALL))],
+)
 def test_values_and_gradients(case, kernel):
     *size, is_complex, varying, reverse, masked = case
     compare(*size, is_complex=is_complex, varying=varying, reverse=reverse, masked=masked)
@@ -270,7 +273,7 @@ def kernels(hlo):
 @pytest.mark.parametrize(
     ("is_complex", "varying", "d", "dtype", "chip"),
     [
-        pytest.param(*case, chip, marks=[pytest.mark.large] * (chip != "v5e" and i > 0))
+        pytest.param(*case, chip, marks=[pytest.mark.large] * (i % 2 > 0 or chip != "v5e") * (i > 0))
         for i, case in enumerate(
             (
                 (False, True, 1152, "bfloat16"),
@@ -359,7 +362,7 @@ PROBLEMS = ("wide bfloat16, gradient", "wide bfloat16, masks, gradient", "S5 flo
 
 @full
 @needs_libtpu
-@pytest.mark.parametrize("chip", [*SLICES])
+@pytest.mark.parametrize("chip", [pytest.param(chip, marks=[pytest.mark.large] * (chip != "v5e")) for chip in SLICES])
 def test_static_estimate_at_the_memory_roofline_and_within_budget(chip):
     """At most 1 / 0.9 of the time that the arrays alone take at the bandwidth of HBM."""
     cases = wide_and_narrow(chip)

@@ -125,6 +125,7 @@ def test_a_wrong_launch_or_want_of_memory_here_is_no_refusal(compiler, tmp_path,
 
 
 @pytest.mark.full
+@pytest.mark.large
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 def test_with_the_real_compiler(tmp_path):
     rows = tune.tune(OPERATION, "v5e", file=tmp_path / "blocks.json", jobs=1)

@@ -63,7 +63,7 @@ def broken(checks):
     return {check.name for check in checks if not check.passed}
 
 
-LATER = ("LSSL", "LMU", "SGConv")  # in the long group: their operations have tests of their own
+LATER = ("LRU", "LSSL", "LMU", "SGConv")  # in the long group: their operations have tests of their own
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n in LATER)) for n in MIXERS])
@@ -74,8 +74,6 @@ def test_every_mixer_keeps_the_contract(name):
 
 def form_marks(name):
     """S4's forms with channels compile for half a minute each."""
-    if "window" in name:
-        return []
     return [pytest.mark.full, *([pytest.mark.large] if name.startswith("S4 ") and "channels" in name else [])]
 
 
