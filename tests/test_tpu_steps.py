@@ -38,7 +38,8 @@ def compile_step(slice_of, task_file, model_file, *overrides):
 @pytest.mark.parametrize(
     ("model", "slice_of"),
     [
-        *(("s4", slice_of) for slice_of in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")),
+        ("s4", "v5e:2x2"),
+        *(pytest.param("s4", slice_of, marks=pytest.mark.large) for slice_of in ("v5p:2x2x1", "v6e:2x2")),
         *(pytest.param(model, "v5e:2x2", marks=pytest.mark.large) for model in ("s4d", "s5")),
     ],
 )

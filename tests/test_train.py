@@ -327,7 +327,9 @@ def test_sigkill_loses_only_the_steps_since_the_last_save(home, finished):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("mesh", ["{'data': 2, 'fsdp': 2}", "{'tensor': 4}"])  # rows apart, and rows on both
+@pytest.mark.parametrize(  # rows apart, and rows on both
+    "mesh", [pytest.param("{'data': 2, 'fsdp': 2}", marks=pytest.mark.large), "{'tensor': 4}"]
+)
 def test_two_processes_train_as_one(home, finished, mesh):
     """Two CPU processes with two devices each, against one device."""
     name = "two" + re.sub(r"\W+", "-", mesh)

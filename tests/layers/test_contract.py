@@ -84,7 +84,7 @@ def test_every_form_keeps_the_contract(name):
     assert not broken(checks), contract.certificate(checks, name)
 
 
-LONG = ("S4", "S4D", "Attention")  # and the others where there is time
+LONG = ("Attention",)  # and the others where there is time
 
 
 @pytest.mark.full

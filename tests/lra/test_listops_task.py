@@ -206,6 +206,7 @@ def test_rows_take_and_slice():
 
 
 @pytest.mark.full
+@pytest.mark.large
 def test_the_whole_benchmark(tmp_path):
     """100,000 distinct rows, each proven while it is built; look-ups where the documentation says."""
     task = ListOps(data_dir=str(tmp_path))

@@ -433,7 +433,7 @@ def killed_again_and_again(directory: Path, delays: list[float]) -> list[list[in
     return runs
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=[pytest.mark.full, pytest.mark.large])])
 def test_killed_at_any_moment_loses_only_what_came_after_the_last_save(tmp_path, kills):
     rng = random.Random(kills)
     runs = killed_again_and_again(tmp_path, [0.1 * rng.random() for _ in range(kills)])

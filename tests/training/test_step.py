@@ -123,7 +123,9 @@ def test_micro_batches_sum_to_the_batch():
 
 
 @pytest.mark.full  # the loop's own test of another mesh is in the default suite
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param({"data": 8}, marks=pytest.mark.large), {"data": 2, "fsdp": 2, "tensor": 2}]
+)
 def test_another_mesh_gives_the_same_run(mesh):
     _, one, log = train(make_run(backbone=noisy_backbone), 3)
     _, many, log8 = train(make_run(backbone=noisy_backbone, mesh=mesh), 3)

@@ -152,7 +152,7 @@ def test_replicas_over_devices_are_their_single_runs(trained):
 @pytest.mark.parametrize(
     "mesh",
     [
-        {"data": 1},
+        pytest.param({"data": 1}, marks=pytest.mark.large),
         pytest.param({"replica": 2, "data": 1}, marks=pytest.mark.large),
         {"replica": 2, "data": 2, "tensor": 2},
     ],
