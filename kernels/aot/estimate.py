@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from longwave.kernels.aot import pipeline
 from longwave.kernels.aot.chips import CHIPS
 from longwave.kernels.aot.compile import compile
+from longwave.kernels.aot.hlo import shapes_in
 from longwave.kernels.aot.isolate import ProcessDied, in_subprocess
 from longwave.kernels.aot.schedule import Schedule, ScheduleFormatError, parse
 from longwave.kernels.aot.timing import Estimate, Launch, LaunchError, weigh
@@ -96,6 +98,8 @@ def estimates(
                     _estimate_all, folder, first, build, args, timeout=timeout, environment=environment
                 )
             except ProcessDied as died:  # the compiler aborted on a case: those after it get a new process
+                if died.returncode in (-signal.SIGINT, -signal.SIGTERM):  # somebody wants it to stop
+                    raise
                 first = len(list(Path(folder).glob("*.outcome")))
                 if not (name := Path(folder, f"{first}.name")).exists():
                     raise
@@ -169,12 +173,8 @@ class _Compiled:
     @classmethod
     def of(cls, match: re.Match[str]) -> _Compiled:
         scope = re.findall(r"[^()]+", match["scope"].rpartition("/")[2])[-1]  # transpose(jvp(NAME)) is NAME
-        return cls(match["hlo"], scope, _shapes(match["operands"]), _shapes(match["results"]))
-
-
-def _shapes(hlo: str) -> tuple[tuple[int, ...], ...]:
-    found = re.findall(r"\b(?:pred|[a-z]+\d+\w*)\[([\d,]*)\]", hlo)
-    return tuple(tuple(map(int, filter(None, dims.split(",")))) for dims in found)
+        dims = lambda text: tuple(shape.dims for shape in shapes_in(text))
+        return cls(match["hlo"], scope, dims(match["operands"]), dims(match["results"]))
 
 
 def _equation(compiled: _Compiled, equations: list[Any]) -> Any:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
-_INSTRUCTION = re.compile(
+INSTRUCTION = re.compile(
     r"^\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>.*?) "
     r"(?P<op>[a-z][\w-]*)\((?P<operands>.*?)\)(?:, (?P<rest>.*))?$"
 )
@@ -57,7 +57,7 @@ class _Instruction(NamedTuple):
     rest: str
 
 
-def _shapes(text: str) -> tuple[Shape, ...]:
+def shapes_in(text: str) -> tuple[Shape, ...]:
     return tuple(Shape(t, tuple(map(int, filter(None, dims.split(","))))) for t, dims in _SHAPE.findall(text))
 
 
@@ -66,9 +66,9 @@ def _instructions(hlo_text: str) -> Iterator[_Instruction]:
     for line in hlo_text.splitlines():
         if m := _COMPUTATION.match(line):
             computation, shapes = m[1], {}
-        elif m := _INSTRUCTION.match(line):
-            shapes[m["name"]] = results = _shapes(m["shape"])
-            operands = _shapes(m["operands"])  # older texts write the shapes there, newer ones only the names
+        elif m := INSTRUCTION.match(line):
+            shapes[m["name"]] = results = shapes_in(m["shape"])
+            operands = shapes_in(m["operands"])  # older texts write the shapes there, newer ones only the names
             if not operands:
                 names = re.findall(r"%([\w.-]+)", m["operands"])
                 operands = tuple(s for name in names for s in shapes.get(name, ()))

@@ -17,7 +17,11 @@ _CHILD = "from longwave.kernels.aot.isolate import _serve; _serve()"
 
 
 class ProcessDied(RuntimeError):
-    """The child ended without an answer."""
+    """The child ended without an answer. returncode: its exit code, or minus the signal that ended it."""
+
+    def __init__(self, message: str, returncode: int):
+        super().__init__(message)
+        self.returncode = returncode
 
 
 def in_subprocess(
@@ -43,7 +47,7 @@ def in_subprocess(
             check=False,
         )
         if not answer.exists():
-            raise ProcessDied(_last_words(fn, child))
+            raise ProcessDied(_last_words(fn, child), child.returncode)
         result, error = pickle.loads(answer.read_bytes())
     if error is not None:
         raise error

@@ -10,7 +10,7 @@ import math
 import re
 from typing import NamedTuple
 
-from longwave.kernels.aot.hlo import _INSTRUCTION, _shapes
+from longwave.kernels.aot.hlo import INSTRUCTION, shapes_in
 
 
 class DumpFormatError(ValueError):
@@ -120,8 +120,8 @@ def traffic(hlo_text: str) -> dict[str, int]:
     """HLO instruction -> bytes, if its operands are read once and its results written once."""
     moved, shapes = {}, {}
     for line in hlo_text.splitlines():
-        if match := _INSTRUCTION.match(line):
-            shapes[match["name"]] = results = _shapes(match["shape"])
+        if match := INSTRUCTION.match(line):
+            shapes[match["name"]] = results = shapes_in(match["shape"])
             operands = dict.fromkeys(re.findall(r"%([\w.-]+)", match["operands"]))
             arrays = [*results, *(shape for operand in operands for shape in shapes.get(operand, ()))]
             moved[match["name"]] = sum(shape.bytes for shape in arrays)

@@ -14,7 +14,7 @@ import functools
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Array
 
@@ -33,13 +33,7 @@ FEW_QUERIES, FEW_SCORES, MANY_KEYS = 4, 32**2, 1024
 TPU = Form(pallas_tpu.forward, pallas_tpu.backward)
 
 
-def few_forward(
-    q: Array, k: Array, v: Array, q_at: Coordinates, k_at: Coordinates, scores: Scores
-) -> tuple[Array, Array]:
-    return reference.attention(q, k, v, q_at, k_at, scores=scores)
-
-
-FEW = Form(few_forward, chunked.backward)
+FEW = Form(reference.attention, chunked.backward)
 
 
 def choose(
@@ -60,38 +54,40 @@ def choose(
         _log(reason)
         backend = "chunked" if q.shape[1] > FEW_QUERIES else "reference"
     if around is not None:
-        forms = _forms(backend, q, k, v, q_at.placed(q.shape[1]), k_at.placed(k.shape[1]), scores)
-        return partial(ring.attention, forms, scores, around)
+        call = q, k, v, q_at.placed(q.shape[1]), k_at.placed(k.shape[1]), scores
+        return partial(ring.attention, _forms(backend, call, return_lse=True)[0], scores, around)
     few_scores = q.shape[1] * k.shape[1] <= FEW_SCORES
     if backend == "reference" or (backend == "auto" and few_scores):
         return partial(reference.attention, scores=scores)
-    attend = partial(flash.attention, _forms(backend, q, k, v, q_at, k_at, scores), scores)
-    on_gpu = backend == "auto" and gpu.choose(q, k, v, q_at, k_at, scores, return_lse=return_lse)
-    return gpu.with_cudnn(attend, scores) if on_gpu and on_gpu.form == "cudnn" else attend
+    forms, cudnn = _forms(backend, (q, k, v, q_at, k_at, scores), return_lse=return_lse)
+    attend = partial(flash.attention, forms, scores)
+    return gpu.with_cudnn(attend, scores) if cudnn else attend
 
 
-def _forms(backend: Backend, q: Array, k: Array, v: Array, q_at: Coordinates, k_at: Coordinates, scores: Scores):
-    call = q, k, v, q_at, k_at, scores
+def _forms(backend: Backend, call: Any, *, return_lse: bool) -> tuple[Forms, bool]:
+    """The form of each platform, and whether cuDNN takes the place of that for GPUs."""
     match backend:
         case "reference":
-            return Forms(default=FEW)
+            return Forms(default=FEW), False
         case "chunked":
-            return Forms()
+            return Forms(), False
         case "pallas":
             refused = {"TPUs": pallas_tpu.supports(*call), "GPUs": pallas_gpu.supports(*call)}
             if all(refused.values()):
                 reasons = "; ".join(f"on {platform}: {reason}" for platform, reason in refused.items())
                 raise ValueError(f"attention: backend = 'pallas' does not take this call: {reasons}")
             tpu = None if refused["TPUs"] else TPU
-            return Forms(tpu, None if refused["GPUs"] else gpu.PALLAS, default=tpu or gpu.PALLAS)
+            return Forms(tpu, None if refused["GPUs"] else gpu.PALLAS, default=tpu or gpu.PALLAS), False
         case "auto":
-            few = q.shape[1] <= FEW_QUERIES
-            tpu = None if few and k.shape[1] < MANY_KEYS else TPU
+            queries, keys = call[0].shape[1], call[1].shape[1]
+            few = queries <= FEW_QUERIES
+            tpu = None if few and keys < MANY_KEYS else TPU
             if tpu and (reason := pallas_tpu.supports(*call)):
                 _log(reason)
                 tpu = None
-            cuda = gpu.PALLAS if not few and pallas_gpu.supports(*call) is None else None
-            return Forms(tpu, cuda, default=FEW if few else flash.CHUNKED)
+            on_gpu = gpu.choose(*call, return_lse=return_lse).form
+            cuda = gpu.PALLAS if on_gpu == "pallas" and not few else None
+            return Forms(tpu, cuda, default=FEW if few else flash.CHUNKED), on_gpu == "cudnn"
         case _:
             raise ValueError(f"attention: backend = {backend!r}; expected auto, reference, chunked or pallas")
 

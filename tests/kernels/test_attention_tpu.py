@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from longwave.kernels import aot
-from longwave.kernels.attention import blocks, pallas_tpu
+from longwave.kernels.attention import attention, blocks, pallas_tpu
 from longwave.kernels.attention.blocks import Cut
 from longwave.kernels.attention.mask import Blocks, BlockSparse, Butterfly, Causal, Mask, Prefix, Window
 from longwave.kernels.attention.reference import Coordinates, Scores
@@ -65,6 +65,24 @@ def test_decoding_reads_the_live_part_of_the_cache_once():
     want = oracle.attention(x, see, scale=0.1)
     assert_close(o, want.o, ATTENTION_FORWARD["float32"], "o")
     assert_close(lse, want.lse, ATTENTION_FORWARD["float32"], "lse")
+
+
+@pytest.mark.full
+@compiles
+@pytest.mark.parametrize("slice_of", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_decoding_compiles_as_one_kernel(slice_of):
+    """As a layer calls it: one token, a cache of rows of their own lengths, no form named."""
+    device = aot.mesh(aot.topology(slice_of)[:1], {"x": 1})
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(device, PartitionSpec()))
+    cache, ids = array(jnp.bfloat16, 2, 3000, 2, 128), array(jnp.int32, 2, 3000)
+
+    def decode(q, k, v, end, held):
+        return attention(q, k, v, mask=Causal(), positions=(end, None), segment_ids=(None, held))
+
+    report = aot.compile(
+        decode, array(jnp.bfloat16, 2, 1, 8, 128), cache, cache, array(jnp.int32, 2, 1), ids, mesh=device
+    )
+    assert aot.custom_calls(report.hlo)["tpu_custom_call"] == 1
 
 
 def test_few_queries_of_a_group_look_up_a_table():

@@ -1,6 +1,8 @@
 """Static estimates: weighing a schedule, and the published times that the model must give back."""
 
+import signal
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -332,3 +334,18 @@ def test_other_peoples_kernels_can_be_estimated():
     """Of peak, in per cent: what another reading of the same compiler's schedules gave."""
     peaks = [100 * estimate.peak for (estimate,) in aot.estimates(peers)]
     assert peaks == pytest.approx([42.5, 37.8, 31.9, 27.9, 12.0, 10.4], abs=1)
+
+
+def test_an_interrupted_compiler_is_not_started_again(monkeypatch):
+    """Ctrl-C reaches the compiler's process too: its end is no verdict on a case."""
+    started = []
+
+    def interrupted(*args, **how):
+        started.append(args)
+        Path(args[1], f"{args[2]}.name").write_text("a case")
+        raise aot.ProcessDied("it ended its process (SIGINT)", -signal.SIGINT)
+
+    monkeypatch.setattr("longwave.kernels.aot.estimate.in_subprocess", interrupted)
+    with pytest.raises(aot.ProcessDied, match="SIGINT"):
+        aot.estimates(peers, return_errors=True)
+    assert len(started) == 1
