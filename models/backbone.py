@@ -55,18 +55,22 @@ class Block(nnx.Module):
         carry: Carry | None = None,
         ctx: Context = Context(),
         train: bool = False,
+        dtype: jnp.dtype | None = None,
     ) -> Out:
+        """dtype: what mixer and MLP compute in, where the residual stream is wider; None: that of x."""
         keys = (None,) * 4 if ctx.key is None else tuple(jax.random.split(ctx.key, 4))
         out = Out(x, (), {})
 
+        narrow = lambda u: u if dtype is None else u.astype(dtype)
+
         def mix(u: Array) -> Array:
             nonlocal out
-            out = self.mixer(u, carry, dataclasses.replace(ctx, key=keys[0]))
+            out = self.mixer(narrow(u), carry, dataclasses.replace(ctx, key=keys[0]))
             return out.y
 
         x = self._residual(x, self.norm, mix, keys[1], ctx, train)
         if hasattr(self, "mlp"):
-            x = self._residual(x, self.mlp_norm, lambda u: self.mlp(u, keys[2]), keys[3], ctx, train)
+            x = self._residual(x, self.mlp_norm, lambda u: self.mlp(narrow(u), keys[2]), keys[3], ctx, train)
         return Out(x, out.carry, out.aux)
 
     def _residual(
@@ -104,6 +108,8 @@ class Backbone(nnx.Module):
         starts as `cls_init` draws it.
     positions: constructor (length, width, rngs=...) of what is added to every token, the summary token included, by
         its number in its document; None: nothing.
+    residual_float32: the sum of the residual branches stays float32 when the rest computes in bfloat16, as in Mamba's
+        code; needs prenorm.
     scan: run repeats of the pattern by `lax.scan` over stacked parameters; None: from 8 layers on. Not for mixers that
         read lower layers.      remat: keep only block inputs for the backward pass.
     aux of the result is a tuple with one dict a layer (stacked along axis 0 inside each pattern position when scanned).
@@ -129,6 +135,7 @@ class Backbone(nnx.Module):
         cls_token: bool = False,
         cls_init: Callable[..., Array] = jax.nn.initializers.normal(1.0),
         positions: Callable[..., nnx.Module] | None = None,
+        residual_float32: bool = False,
         scan: bool | None = None,
         remat: bool = False,
         rngs: nnx.Rngs,
@@ -136,7 +143,10 @@ class Backbone(nnx.Module):
         pattern = tuple(mixers)
         if not pattern or depth % len(pattern):
             raise ValueError(f"Backbone.depth = {depth} must be a multiple of the {len(pattern)} mixers given")
+        if residual_float32 and not prenorm:
+            raise ValueError("Backbone.residual_float32 = True: with prenorm = False the norms' outputs are the stream")
         self.width, self.depth, self.remat = width, depth, remat
+        self.residual_float32 = residual_float32
         self.input_rate, self.tied = input_dropout, tie_dropout
         self.encoder = encoder(inputs, width, rngs=rngs)
         if cls_token:
@@ -191,25 +201,30 @@ class Backbone(nnx.Module):
             x = x + self.positions(_numbers(x, ctx), ctx.axes).astype(x.dtype)
         if ctx.key is not None:  # layers take the keys 0, 1, ... depth - 1
             x = dropout(x, self.input_rate, jax.random.fold_in(ctx.key, self.depth), tied=self.tied)
-        x = _constrain(x, ctx)
+        dtype = x.dtype
+        x = _constrain(x.astype(jnp.float32) if self.residual_float32 else x, ctx)
         run = self._scanned if self.scan else self._unrolled
-        x, carry, aux = run(x, carry, ctx, train)
+        x, carry, aux = run(x, carry, ctx, train, dtype)
         if self.norm is not None:
             x = self.norm(x, ctx.valid, train)
-        return BackboneOut(x, carry, aux, ctx.valid)
+        return BackboneOut(x.astype(dtype), carry, aux, ctx.valid)
 
-    def _unrolled(self, x: Array, carry: Carry | None, ctx: Context, train: bool) -> tuple[Array, Carry, tuple]:
+    def _unrolled(
+        self, x: Array, carry: Carry | None, ctx: Context, train: bool, dtype: jnp.dtype
+    ) -> tuple[Array, Carry, tuple]:
         keys = [None] * self.depth if ctx.key is None else list(jax.random.split(ctx.key, self.depth))
         carries, aux = [], []
         for i, layer in enumerate(self.layers):
             below = tuple(aux) if layer.mixer.reads_below else ()
-            out = self._block(layer, x, None if carry is None else carry[i], ctx, keys[i], below, train)
+            out = self._block(layer, x, None if carry is None else carry[i], ctx, keys[i], below, train, dtype)
             x = _constrain(out.y, ctx)
             carries.append(out.carry)
             aux.append(out.aux)
         return x, tuple(carries), tuple(aux)
 
-    def _scanned(self, x: Array, carry: Carry | None, ctx: Context, train: bool) -> tuple[Array, Carry, tuple]:
+    def _scanned(
+        self, x: Array, carry: Carry | None, ctx: Context, train: bool, dtype: jnp.dtype
+    ) -> tuple[Array, Carry, tuple]:
         repeats, pattern = self.depth // len(self.layers), len(self.layers)
         keys = None if ctx.key is None else jax.random.split(ctx.key, (repeats, pattern))
 
@@ -218,7 +233,7 @@ class Backbone(nnx.Module):
             outs, stats = [], []
             for i, layer in enumerate(layers):
                 key = None if keys is None else keys[i]
-                out = self._block(layer, x, None if carries is None else carries[i], ctx, key, (), train)
+                out = self._block(layer, x, None if carries is None else carries[i], ctx, key, (), train, dtype)
                 x = _constrain(out.y, ctx)
                 outs.append((out.carry, out.aux))
                 stats.append(nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat)))
@@ -230,15 +245,23 @@ class Backbone(nnx.Module):
         return x, carries, aux
 
     def _block(
-        self, layer: Block, x: Array, carry: Carry, ctx: Context, key: Array | None, below: tuple, train: bool
+        self,
+        layer: Block,
+        x: Array,
+        carry: Carry,
+        ctx: Context,
+        key: Array | None,
+        below: tuple,
+        train: bool,
+        dtype: jnp.dtype,
     ) -> Out:
         """One block, rematerialised if asked. Statistics leave a rematerialised region as results, not by mutation."""
         ctx = dataclasses.replace(ctx, key=key, below=below)
         if not self.remat:
-            return layer(x, carry, ctx, train)
+            return layer(x, carry, ctx, train, dtype)
 
         def pure(layer: Block, x: Array, carry: Carry, ctx: Context) -> tuple[Out, Any]:
-            out = layer(x, carry, ctx, train)
+            out = layer(x, carry, ctx, train, dtype)
             return out, nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
 
         out, stats = jax.checkpoint(pure, prevent_cse=not self.scan)(layer, x, carry, ctx)

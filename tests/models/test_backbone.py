@@ -8,7 +8,7 @@ from flax import nnx
 from scipy.special import erf
 
 from longwave import models
-from longwave.layers.mixer import Context
+from longwave.layers.mixer import Context, Mixer, Out
 from longwave.layers.mlp import GLU, MLP
 from longwave.layers.norms import BatchNorm, LayerNorm, RMSNorm
 from tests.models.decay import Decay
@@ -258,3 +258,34 @@ def test_a_mixer_that_reads_lower_layers_gets_them_and_is_not_scanned():
     assert_close(first(body) - first(flat), np.full((3, 1, 6), expected), 1e-4)
     with pytest.raises(ValueError, match=r"Backbone\.scan = True"):
         make(depth=8, mixers=(CountsBelow,), scan=True)
+
+
+class Speck(Mixer):
+    """Adds 2^-10 to everything, in the type that it is given, and refuses a wide one."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.width = width
+
+    def __call__(self, x, carry=None, ctx=Context()):
+        assert x.dtype == jnp.bfloat16
+        return Out(jnp.full_like(x, 2.0**-10), (), {})
+
+
+@pytest.mark.parametrize(("scan", "remat"), [(False, False), (True, True)])
+def test_a_float32_residual_stream_keeps_what_bfloat16_loses(scan, remat):
+    def run(**options):
+        body = make(depth=64, mixers=(Speck,), final_norm=False, scan=scan, remat=remat, **options)
+        body.encoder.embedding[...] = jnp.ones_like(body.encoder.embedding)
+        graphdef, state = nnx.split(body)
+        narrow = nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(jnp.bfloat16), state))
+        return narrow(jnp.asarray(IDS)).y
+
+    y = run(residual_float32=True)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.float64(y), 1 + 64 * 2.0**-10)
+    np.testing.assert_array_equal(np.float64(run()), 1.0)
+
+
+def test_a_float32_residual_stream_needs_prenorm():
+    with pytest.raises(ValueError, match="residual_float32"):
+        make(prenorm=False, residual_float32=True)
