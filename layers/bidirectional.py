@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from longwave.layers.mixer import Carry, Context, Mixer, Out, Unsupported
 
+SIDES = ("forward", "backward")
+
 
 def mirror_index(ctx: Context, batch: int, t: int) -> Int[Array, "b t"]:
     """For each token, the one at the same distance from the other end of its document (or run of padding)."""
@@ -46,7 +48,9 @@ class Bidirectional(Mixer):
     mixer: constructor of the causal mixer, called as mixer(width, rngs=rngs).
     tied:  one set of parameters for both directions, instead of two.
 
-    Side outputs of the two directions are added. There is no carry: the backward direction starts at the end.
+    Side outputs of the two directions are added; those of a mixer that reads lower layers stand side by side instead,
+    "forward" and "backward", and a direction reads its own of the layers below, mirrored as it is itself.
+    There is no carry: the backward direction starts at the end.
     """
 
     supports = frozenset({"reset"})
@@ -56,9 +60,8 @@ class Bidirectional(Mixer):
         inner = type(self.forward).__name__
         if "causal" not in self.forward.supports:
             raise ValueError(f"Bidirectional.mixer = {inner} must be causal: it sees both directions by itself")
-        if self.forward.reads_below:
-            raise ValueError(f"Bidirectional.mixer = {inner} reads lower layers, whose outputs are not mirrored")
         self.chunk = self.forward.chunk
+        self.reads_below = self.forward.reads_below
         self.supports = self.supports & self.forward.supports
         self.tied = tied
         if not tied:
@@ -76,7 +79,14 @@ class Bidirectional(Mixer):
             index = mirror_index(ctx, *x.shape[:2])
             flip = lambda x: mirror(x, index)
         keys = (None, None) if ctx.key is None else jax.random.split(ctx.key)
-        there, back = (dataclasses.replace(ctx, key=key) for key in keys)
+        below = lambda side: tuple(aux.get(side, {}) for aux in ctx.below)
+        there, back = (
+            dataclasses.replace(ctx, key=key, below=below(side)) for key, side in zip(keys, SIDES, strict=True)
+        )
         forward = self.forward(x, None, there)
         backward = (self.forward if self.tied else self.backward)(flip(x), None, back)
-        return Out(forward.y + flip(backward.y), (), jax.tree.map(jnp.add, forward.aux, backward.aux))
+        if self.reads_below:
+            aux = dict(zip(SIDES, (forward.aux, backward.aux), strict=True))
+        else:
+            aux = jax.tree.map(jnp.add, forward.aux, backward.aux)
+        return Out(forward.y + flip(backward.y), (), aux)

@@ -134,3 +134,28 @@ def test_a_carry_is_refused_and_so_is_a_mixer_that_is_not_causal():
         mixer(jnp.zeros((1, 2, WIDTH)), jnp.zeros((1, WIDTH)))
     with pytest.raises(ValueError, match="Attention must be causal"):
         Bidirectional(8, mixer=partial(Attention, heads=2, causal=False), rngs=nnx.Rngs(0))
+
+
+class Reader(Mixer):
+    """y = h + what the layers below summed up, h the sum of x so far, which it hands on."""
+
+    reads_below = True
+
+    def __init__(self, width, *, rngs):
+        self.width = width
+
+    def __call__(self, x, carry=None, ctx=Context()):
+        h = jnp.cumsum(x, axis=1)
+        return Out(h + sum(aux["h"] for aux in ctx.below), (), {"h": h})
+
+
+def test_each_direction_reads_its_own_of_the_layers_below():
+    x = np.random.default_rng(0).normal(size=(2, 5, 3))
+    layers = [Bidirectional(3, mixer=Reader, rngs=nnx.Rngs(i)) for i in range(2)]
+    first = layers[0](jnp.asarray(x, jnp.float32))
+    second = layers[1](first.y, None, Context(below=(first.aux,)))
+    up = lambda x: np.cumsum(x, axis=1)
+    down = lambda x: np.cumsum(x[:, ::-1], axis=1)[:, ::-1]
+    y = up(x) + down(x)
+    assert layers[1].reads_below
+    assert_close(second.y, up(y) + up(x) + down(y) + down(x), FORWARD["float32"])
