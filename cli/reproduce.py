@@ -5,7 +5,8 @@
     longwave reproduce lra --task listops --budget cpu-hour                 # scaled down, and labelled so
     longwave reproduce lra --model s4 --task text --dry_run                 # the commands alone
 
-One run a task and seed, in order, each a process of train.py with configs/lra/TASK.gin and configs/lra/TASK/MODEL.gin.
+One run a task and seed, in order, each a process of train.py with configs/lra/TASK.gin and the model's,
+configs/lra/TASK/MODEL.gin or, where a task has none of its own, configs/lra/models/MODEL.gin.
 What is finished is left alone, what was interrupted goes on where it stopped; so the same command again is always
 right. Ctrl-C or SIGTERM stops after the step under way. Exit code: 0 if all are finished, 75 if stopped, 1 if a run
 failed.
@@ -33,7 +34,7 @@ RESUMABLE = 75  # train.py's exit code when it was stopped and has saved
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("arena", metavar="lra", choices=("lra",), help="the benchmark: lra")
-    parser.add_argument("--model", help="the stem of a file in configs/lra/TASK/")
+    parser.add_argument("--model", help="the stem of a file in configs/lra/TASK/ or configs/lra/models/")
     parser.add_argument("--task", nargs="+", action="extend", metavar="TASK", help="default: all that have the model")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)")
     parser.add_argument("--protocol", help="lra, s4 or clean (default: the config's; lra of transformer and local)")
@@ -142,8 +143,11 @@ def plan(args: argparse.Namespace) -> list[Planned]:
 
 
 def configs(task: str, stem: str, budget: str | None) -> list[str]:
-    """The config files of a run: a budget's stands alone."""
-    return [f"configs/lra/{task}.gin"] * (budget is None) + [f"configs/lra/{task}/{stem}.gin"]
+    """The config files of a run: a budget's stands alone; a model's is the task's own, else that for any task."""
+    own, common = f"configs/lra/{task}/{stem}.gin", f"configs/lra/models/{stem}.gin"
+    if budget is not None:
+        return [own]
+    return [f"configs/lra/{task}.gin", common if (ROOT / common).is_file() and not (ROOT / own).is_file() else own]
 
 
 def existing() -> str:
@@ -159,6 +163,8 @@ def existing() -> str:
         has_task = (ROOT / f"configs/lra/{task}.gin").is_file()
         if models := [stem for stem in stems if has_task and stem not in BUDGETS.values()] + budgets:
             found[task] = models
+    if common := sorted(path.stem for path in (ROOT / "configs/lra/models").glob("*.gin")):
+        found["any task"] = common
     return "there are: " + "; ".join(f"{task}: {', '.join(models)}" for task, models in found.items())
 
 

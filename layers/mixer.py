@@ -73,7 +73,7 @@ class Mixer(nnx.Module):
     supports: frozenset[str] = CAPABILITIES
     roles: ClassVar[dict[str, str]] = {}
     keep_float32: ClassVar[frozenset[str]] = frozenset()
-    reads_below: ClassVar[bool] = False
+    reads_below: bool = False
 
     def init_carry(self, batch: int, *, capacity: int | None = None) -> Carry:
         """The state before the first token. `capacity`: how many tokens to make room for, where tokens are held."""

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 from absl import logging
 
-from longwave.lra.build import ByteRows
 from longwave.lra.classification import SPLITS, Classification, of_tokens
 from longwave.lra.listops_data import baselines
 from longwave.lra.listops_data.builder import Generated, Official, prepare, read_split
@@ -23,6 +22,7 @@ from longwave.lra.listops_data.grammar import EOS, PAD, SYMBOLS, VOCAB, Rows
 from longwave.lra.protocol import Rules
 from longwave.models import heads
 from longwave.models.inputs import Tokens
+from longwave.tasks.build import ByteRows
 
 _LRA = Distribution()
 _LRA_SIZES = (96_000, 2_000, 2_000)

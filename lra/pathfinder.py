@@ -17,12 +17,12 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from longwave.lra.build import ByteRows
 from longwave.lra.classification import Classification
 from longwave.lra.pathfinder_data import builder
 from longwave.lra.pathfinder_data.official import decode
 from longwave.lra.protocol import Rules
 from longwave.models.inputs import Features, Tokens
+from longwave.tasks.build import ByteRows
 from longwave.training.files import data_root
 
 _NAMES = {32: "pathfinder", 64: "pathfinder64", 128: "pathx", 256: "path256"}

@@ -15,13 +15,13 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from longwave.lra.build import ByteRows
 from longwave.lra.classification import SPLITS, Classification, padded
 from longwave.lra.protocol import Rules
 from longwave.lra.text_data import aan
 from longwave.lra.text_data.alphabet import PAD, Bytes, Characters
 from longwave.models import heads
 from longwave.models.inputs import Tokens
+from longwave.tasks.build import ByteRows
 from longwave.training.pipeline import Source
 
 VOCAB = 98  # of characters: the 95 of ASCII that print, and the specials

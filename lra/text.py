@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import numpy as np
 from absl import logging
 
-from longwave.lra.build import ByteRows
 from longwave.lra.classification import Classification, of_tokens
 from longwave.lra.protocol import Rules
 from longwave.lra.text_data import baselines, imdb
@@ -21,6 +20,7 @@ from longwave.lra.text_data.alphabet import PAD, Bytes, Characters
 from longwave.lra.text_data.texts import Texts, load
 from longwave.models import heads
 from longwave.models.inputs import Tokens
+from longwave.tasks.build import ByteRows
 from longwave.tasks.images_data.split import hold_out
 
 VOCAB = 135  # of characters: of the S4 lineage's configs

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 # Seconds around one call that no schedule shows: the host hands the program over. Together with `Chip.step` fitted on
 # the six times of a tiled matmul on v5e that JAX's Pallas guide prints (docs/pallas/tpu/matmul). Of a program, not of a
 # kernel: no `Estimate` holds it.
@@ -60,3 +62,12 @@ _V6E = Chip(
     vmem=128 << 20,
 )
 CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in (_V5E, _V5P, _V6E)}
+
+
+def traced_for() -> str | None:
+    """The name of the chip for which a program is being traced; None: none of CHIPS.
+
+    It is the kind of device of the ambient mesh (compiling ahead of time sets one), else that of JAX's own devices.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return next((chip.name for chip in CHIPS.values() if chip.kind == device.device_kind), None)

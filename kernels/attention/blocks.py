@@ -1,10 +1,14 @@
-"""How long the blocks of the TPU kernels are."""
+"""How long the blocks of the TPU kernels are: what the autotuner found on a chip (blocks.json), else by one rule."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
+from longwave.kernels.aot import frozen
+from longwave.kernels.aot.chips import traced_for
 from longwave.kernels.attention.mask import Mask, granularity
 from longwave.kernels.attention.reference import Coordinates
 from longwave.kernels.attention.tpu_layout import LANES, Layout, Shaped
@@ -13,6 +17,7 @@ from longwave.kernels.attention.visits import Split, pairs
 VMEM_LIMIT = 48 * 2**20  # bytes a kernel may use: there is that much on every chip
 BACKWARD_VMEM_LIMIT = 56 * 2**20  # of 64 on a v5p, the least; what is kept decides how long a sequence fits
 LONGEST = 512  # queries or keys of a tile of the backward kernel
+TABLE = Path(__file__).with_name("blocks.json")
 
 
 class Cut(NamedTuple):
@@ -23,12 +28,35 @@ class Cut(NamedTuple):
     piece: tuple[int, int]
     tile: tuple[int, int]
 
+    @property
+    def row(self) -> dict[str, int]:
+        """As the table has it."""
+        (pq, pk), (cq, ck) = self.piece, self.tile
+        return {"q": self.q, "k": self.k, "piece_q": pq, "piece_k": pk, "tile_q": cq, "tile_k": ck}
 
-def forward(q: Shaped, k: Shaped, v: Shaped, mask: Mask) -> Cut:
+    @classmethod
+    def of(cls, row: Mapping[str, int]) -> Cut:
+        return cls(row["q"], row["k"], (row["piece_q"], row["piece_k"]), (row["tile_q"], row["tile_k"]))
+
+
+def problem(q: Shaped, v: Shaped, mask: Mask) -> str:
+    """What the table calls it. Of any length: blocks that divide it serve."""
+    return f"forward {mask} d={max(q.shape[-1], v.shape[-1])} {q.dtype.name}"
+
+
+def forward(q: Shaped, k: Shaped, v: Shaped, mask: Mask, chip: str | None = None) -> Cut:
+    """The blocks of the table for a chip, by default that traced for, where they divide both lengths; else `rule`'s."""
+    chip = chip or traced_for()
+    row = frozen.blocks(TABLE, chip).get(problem(q, v, mask)) if chip else None
+    if row and q.shape[1] % row["q"] == k.shape[1] % row["k"] == 0:
+        return Cut.of(row)
+    return rule(q, k, v, mask)
+
+
+def rule(q: Shaped, k: Shaped, v: Shaped, mask: Mask) -> Cut:
     """Blocks of two pieces either way, pieces of two tiles of 512; less where time is shorter, or a table finer.
 
-    Tiles are halved where much of them is dead, as in a narrow window. One rule for all chips: ahead of time nobody
-    knows for which one a program is traced.
+    Tiles are halved where much of them is dead, as in a narrow window. One rule for all chips.
     """
     size = granularity(mask)
     (pq, cq), (pk, ck) = (_nested(t, size) for t in (q.shape[1], k.shape[1]))

@@ -28,11 +28,10 @@ from longwave.kernels.attention.visits import FIRST
 HEADS = 8
 AT = Coordinates(), Coordinates()
 PEERS = ((1024, 1024, 512), (2048, 2048, 1024))  # queries, keys, keys at a time: the best of many on some chip
-CUTS = (  # of ours, that the tuner compares
-    Cut(2048, 2048, (1024, 1024), (512, 512)),
+TUNED = tuple((Causal(), 4096, d) for d in (64, 128, 256))  # what is found serves any length that it divides
+CUTS = (  # of ours, that the tuner compares with those of the rule
+    Cut(2048, 2048, (1024, 2048), (256, 256)),
     Cut(2048, 2048, (1024, 1024), (256, 256)),
-    Cut(2048, 1024, (1024, 1024), (512, 512)),
-    Cut(1024, 2048, (512, 1024), (512, 512)),
     Cut(2048, 2048, (1024, 2048), (512, 512)),
 )
 
@@ -54,17 +53,13 @@ def cases(chip: str) -> list[Entry]:
 
 
 def candidates(chip: str) -> list[Entry]:
-    """Other blocks of the forward kernel, at lengths that they divide."""
+    """Blocks of the forward kernel: those of the rule, and others."""
     entries = []
-    for d in (64, 128, 256):
-        problem = f"forward causal t=4096 d={d}"
-        found = []
-        for cut in CUTS:
-            sizes = (cut.q, cut.k, *cut.piece, *cut.tile)
-            names = ("q", "k", "piece_q", "piece_k", "tile_q", "tile_k")
-            case = ours(problem, chip, 4096, d, Causal(), cut)
-            found.append(Candidate(case, dict(zip(names, sizes, strict=True))))
-        entries.append(Entry(problem, "longwave", found))
+    for mask, t, d in TUNED:
+        q = jax.ShapeDtypeStruct((1, t, HEADS, d), jnp.bfloat16)
+        name, ruled = blocks.problem(q, q, mask), blocks.rule(q, q, q, mask)
+        found = [Candidate(ours(name, chip, t, d, mask, cut), cut.row) for cut in dict.fromkeys((ruled, *CUTS))]
+        entries.append(Entry(name, "longwave", found))
     return entries
 
 
@@ -72,7 +67,7 @@ def ours(name: str, chip: str, t: int, d: int, mask: Mask, cut: Cut | None = Non
     """The forward kernel, with blocks of its choice or others."""
     q = jax.ShapeDtypeStruct((1, t, HEADS, d), jnp.bfloat16)
     scores = Scores(mask, d**-0.5)
-    cut = cut or blocks.forward(q, q, q, mask)
+    cut = cut or blocks.forward(q, q, q, mask, chip)
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         return pallas_tpu.forward(q, k, v, *AT, scores, cut=cut)

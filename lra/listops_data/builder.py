@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from longwave.lra import build
 from longwave.lra.listops_data import tsv
 from longwave.lra.listops_data.baselines import baselines
 from longwave.lra.listops_data.generator import Distribution, generate
 from longwave.lra.listops_data.grammar import Rows, evaluate
+from longwave.tasks import build
 from longwave.training.files import data_root
 
 OFFICIAL_FILES = {"train": "basic_train.tsv", "valid": "basic_val.tsv", "test": "basic_test.tsv"}

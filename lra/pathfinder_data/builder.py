@@ -17,9 +17,9 @@ from absl import logging
 from jaxtyping import Float, Int, UInt8
 from rich.progress import Progress
 
-from longwave.lra import build
 from longwave.lra.pathfinder_data import layout, official
 from longwave.lra.pathfinder_data.parameters import FOLDERS, lra
+from longwave.tasks import build
 from longwave.tasks.images_data.split import permutation
 from longwave.training.files import missing
 

@@ -16,9 +16,9 @@ import numpy as np
 from absl import logging
 from rich.progress import Progress
 
-from longwave.lra import build
 from longwave.lra.text_data.alphabet import Census, codes, is_utf8, shortest_prefix
 from longwave.lra.text_data.baselines import look_up
+from longwave.tasks import build
 from longwave.training.files import data_root, missing
 
 FILES = {
@@ -157,7 +157,7 @@ class AAN:
 
 
 def prepare(source: str | None, data_dir: str | None) -> build.ByteRows:
-    """The built data set, found or made; see `lra/build.py` and `read` for errors."""
+    """The built data set, found or made; see `tasks/build.py` and `read` for errors."""
     root = data_root(data_dir)
     recipe = AAN(source, root)
     if build.is_complete(root / recipe.dataset / recipe.name / recipe.version):

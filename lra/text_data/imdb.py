@@ -23,8 +23,8 @@ import numpy as np
 from absl import logging
 from rich.progress import Progress
 
-from longwave.lra import build
 from longwave.lra.text_data.alphabet import Census, is_utf8
+from longwave.tasks import build
 from longwave.training.files import data_root, missing
 
 SPLITS = ("train", "test")
@@ -169,7 +169,7 @@ class IMDB:
 
 
 def prepare(source: str | None, data_dir: str | None) -> build.ByteRows:
-    """The built data set, found or made; see `lra/build.py` and `read` for errors."""
+    """The built data set, found or made; see `tasks/build.py` and `read` for errors."""
     root = data_root(data_dir)
     recipe = IMDB(source, root)
     if build.is_complete(root / recipe.dataset / recipe.name / recipe.version):

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Int, UInt8, UInt16
 
-from longwave.lra import build
 from longwave.lra.text_data.alphabet import Bytes, Characters
+from longwave.tasks import build
 
 
 @dataclasses.dataclass(frozen=True)

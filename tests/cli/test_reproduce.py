@@ -160,6 +160,19 @@ def test_tasks_without_the_model_are_left_out_only_where_none_was_named(tmp_path
     assert f"there is no train.py in {tmp_path}: reproduce runs from a checkout" in capsys.readouterr().err
 
 
+def test_a_task_without_a_file_of_its_own_takes_the_one_for_any_task(tmp_path, monkeypatch, capsys):
+    names = ("text.gin", "text/m.gin", "image.gin", "models/m.gin")
+    for name in ("train.py", *(f"configs/lra/{name}" for name in names)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    assert main(["reproduce", "lra", "--model", "m", "--dry_run"]) == 0
+    text, image = capsys.readouterr().out.splitlines()
+    assert "configs/lra/text.gin configs/lra/text/m.gin train.seed=0" in text
+    assert "configs/lra/image.gin configs/lra/models/m.gin train.seed=0" in image
+    assert reproduce.existing().endswith("any task: m")
+
+
 def test_models_alone_are_listed():
     (listops,) = [part for part in reproduce.existing().split("; ") if "listops: " in part]
     assert {"s4", "transformer", "--budget cpu-hour"} <= set(listops.split(": ")[-1].split(", "))

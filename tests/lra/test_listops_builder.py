@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longwave.lra import build
 from longwave.lra.listops_data import builder as module
 from longwave.lra.listops_data import tsv
 from longwave.lra.listops_data.builder import Generated, Official, prepare, read_split
 from longwave.lra.listops_data.generator import Distribution, generate
+from longwave.tasks import build
 
 SHORT = Distribution(min_tokens=20, max_tokens=100)
 SMALL = Generated(distribution=SHORT, train=150, valid=20, test=30, processes=1)

@@ -9,9 +9,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from longwave.lra import build
 from longwave.lra.text_data import aan, alphabet, baselines, imdb
 from longwave.lra.text_data.texts import Texts
+from longwave.tasks import build
 
 # --- IMDB ---------------------------------------------------------------------------------------------------------
 

@@ -82,7 +82,7 @@ class ByteRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         fields = dict.fromkeys(self.builder_config.recipe.fields, text)
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"{self.name} of Long Range Arena.",
+            description=f"Rows of {self.name}.",
             features=tfds.features.FeaturesDict({**fields, "label": tfds.features.Scalar(np.uint8)}),
             disable_shuffling=True,
             metadata=tfds.core.MetadataDict(),
