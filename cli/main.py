@@ -1,4 +1,5 @@
-"""The `longwave` command. A subcommand is one file of this folder and one name in SUBCOMMANDS.
+"""The `longwave` command. A subcommand is one file of this folder and one name in SUBCOMMANDS
+(import_.py is `import`: no module can have the name of a Python keyword).
 
 That file has a docstring (its first line is the help), `add_arguments(parser)` and `run(args) -> int`, the
 exit code. It imports what is slow or optional inside `run`: `longwave --help` is quick. Wrong arguments
@@ -9,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import sys
 from collections.abc import Sequence
 
 from longwave.cli.usage import UsageError
 
-SUBCOMMANDS = ("fetch", "show", "table", "reproduce", "check", "report")
+SUBCOMMANDS = ("fetch", "show", "table", "reproduce", "generate", "perplexity", "import", "export", "check", "report")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,7 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in SUBCOMMANDS:
-        module = importlib.import_module(f"longwave.cli.{name}")
+        file = f"{name}_" if keyword.iskeyword(name) else name
+        module = importlib.import_module(f"longwave.cli.{file}")
         summary, _, description = (module.__doc__ or "").partition("\n\n")
         command = commands.add_parser(
             name,

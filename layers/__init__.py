@@ -27,6 +27,9 @@ from longwave.layers.lmu import LMU
 from longwave.layers.long_conv import LongConv, double_exp_kernel, random_kernel
 from longwave.layers.lru import LRU
 from longwave.layers.lssl import LSSL
+from longwave.layers.mamba import Mamba
+from longwave.layers.mamba2 import Mamba2
+from longwave.layers.memmamba import MemMamba, memmamba_long
 from longwave.layers.mixer import Carry, Context, Mixer, Out, Unsupported
 from longwave.layers.mlp import GLU, MLP, gelu
 from longwave.layers.norms import BatchNorm, LayerNorm, RMSNorm
@@ -48,6 +51,9 @@ MIXERS: dict[str, Callable[..., Mixer]] = {
     "LongConv": LongConv,
     "SGConv": SGConv,
     "Attention": Attention,
+    "Mamba": Mamba,
+    "Mamba2": Mamba2,
+    "MemMamba": MemMamba,
 }
 
 __all__ = [
@@ -73,6 +79,9 @@ __all__ = [
     "HalfGLU2",
     "LayerNorm",
     "LongConv",
+    "Mamba",
+    "Mamba2",
+    "MemMamba",
     "Mixer",
     "Out",
     "Projection",
@@ -100,6 +109,7 @@ __all__ = [
     "legt_factors",
     "legt_matrices",
     "lin",
+    "memmamba_long",
     "normal_scales",
     "quad",
     "random_kernel",

@@ -48,8 +48,8 @@ class Bidirectional(Mixer):
     mixer: constructor of the causal mixer, called as mixer(width, rngs=rngs).
     tied:  one set of parameters for both directions, instead of two.
 
-    Side outputs of the two directions are added; those of a mixer that reads lower layers stand side by side instead,
-    "forward" and "backward", and a direction reads its own of the layers below, mirrored as it is itself.
+    Side outputs of the two directions stand side by side, "forward" and "backward"; where the mixer reads lower layers,
+    a direction reads its own of theirs, mirrored as it is itself.
     There is no carry: the backward direction starts at the end.
     """
 
@@ -85,8 +85,5 @@ class Bidirectional(Mixer):
         )
         forward = self.forward(x, None, there)
         backward = (self.forward if self.tied else self.backward)(flip(x), None, back)
-        if self.reads_below:
-            aux = dict(zip(SIDES, (forward.aux, backward.aux), strict=True))
-        else:
-            aux = jax.tree.map(jnp.add, forward.aux, backward.aux)
+        aux = dict(zip(SIDES, (forward.aux, backward.aux), strict=True))
         return Out(forward.y + flip(backward.y), (), aux)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from longwave.layers.contract_below import OverACopy
 from longwave.layers.mixer import Carry, Context, Mixer, Out
 
 
@@ -86,11 +87,15 @@ class Bench:
     """One mixer, built by `make(width, rngs=...)`, its compiled call, and the tokens that it is shown."""
 
     def __init__(self, make: Callable[..., Mixer], settings: Settings = Settings()):
-        self.make, self.settings = make, settings
+        self.settings = settings
         options = None if settings.optimise else _hurried()
         # Made as training makes it, in one compiled function; eagerly every operation would be compiled by itself.
-        new = lambda: make(settings.width, rngs=nnx.Rngs(settings.seed))
-        self.graphdef = nnx.graphdef(nnx.eval_shape(new))
+        new = lambda: self.make(settings.width, rngs=nnx.Rngs(settings.seed))
+        self.make = make
+        if (abstract := nnx.eval_shape(new)).reads_below:
+            self.make = functools.partial(OverACopy, mixer=make)
+            abstract = nnx.eval_shape(new)
+        self.graphdef = nnx.graphdef(abstract)
         state = jax.jit(lambda: nnx.state(new()), compiler_options=options)()
         self.mixer = nnx.merge(self.graphdef, state)
         _, params, rest = nnx.split(self.mixer, nnx.Param, ...)

@@ -22,11 +22,13 @@ from longwave.models.heads import (
     side_by_side,
 )
 from longwave.models.inputs import Features, Tokens
+from longwave.models.language_model import LanguageModel
 
 __all__ = [
     "Backbone",
     "Classifier",
     "Features",
+    "LanguageModel",
     "LearnedPositions",
     "LinearEncoder",
     "OneHotEncoder",

@@ -23,16 +23,27 @@ def _expect(encoder: nnx.Module, inputs: Inputs, kind: type, instead: str) -> No
 
 
 class TokenEmbedding(nnx.Module):
-    """A table of vectors, N(0, 1) at the start as torch.nn.Embedding. Ids outside the table give NaN, never silence."""
+    """A table of vectors, N(0, std^2) at the start. Ids outside the vocabulary give NaN, never silence.
+
+    std:      1 as torch.nn.Embedding; language models with tied logits take 0.02.
+    multiple: the table's rows are filled up to a multiple of it, with rows that no id names.
+    """
 
     roles = {"embedding": "embed"}
 
-    def __init__(self, inputs: Tokens, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: Tokens, width: int, *, std: float = 1.0, multiple: int = 1, rngs: nnx.Rngs):
         _expect(self, inputs, Tokens, "LinearEncoder")
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (inputs.vocab, width)))
+        if multiple < 1:
+            raise ValueError(f"TokenEmbedding.multiple = {multiple}: expected at least 1")
+        rows = -(-inputs.vocab // multiple) * multiple
+        self.vocab = inputs.vocab
+        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (rows, width)))
 
     def __call__(self, ids: Int[Array, "b t"], axes: Axes = Axes()) -> Float[Array, "b t d"]:
-        return _rows(self.embedding[...], ids, axes)
+        table = self.embedding[...]
+        if self.vocab < table.shape[0]:
+            ids = jnp.where(ids < self.vocab, ids, table.shape[0])
+        return _rows(table, ids, axes)
 
 
 class OneHotEncoder(nnx.Module):

@@ -10,6 +10,7 @@ wrap themselves in `shard_map` by the `Axes` built here.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,15 +30,17 @@ BATCH = ("data", "fsdp")
 
 # (role, pattern of the path, spec of the trailing dimensions). Every parameter of every model matches exactly one row.
 # Stacked layers lead with one more dimension, which is never split. A spec axis that does not divide its dimension
-# (a vocabulary of 18 over 4 devices) is dropped for that parameter.
+# (a vocabulary of 18 over 4 devices) is dropped for that parameter. What is small stays whole, also where it has a
+# number for each channel or head: operations cut out their own.
+_OUT = r"/(out|down)/kernel$|/W_o$"  # from heads, channels back into the residual stream
+_SHARED = r"/to_(dt|B|C)/kernel$"  # from channels to what all channels need
+_NOTES = r"/W_n$"  # from the residual stream to what all heads need
+_INTO = f"^(?!.*({_OUT}|{_SHARED}|{_NOTES}))"  # from the residual stream into heads, channels; and a mixer's own
 RULES: tuple[tuple[str, str, P], ...] = (
-    ("weight", r"/(out|down)/kernel$", P("tensor", "fsdp")),  # back into the residual stream
-    (
-        "weight",
-        r"(?<!/out)(?<!/down)/kernel$",
-        P("fsdp", "tensor"),
-    ),  # from the residual stream into heads, channels
-    ("weight", r"(?<!/kernel)$", P("fsdp", "tensor")),  # a mixer's own matrices (in, out)
+    ("weight", _OUT, P("tensor", "fsdp")),
+    ("weight", _SHARED, P(("tensor", "fsdp"), None)),
+    ("weight", _NOTES, P("fsdp", None)),
+    ("weight", _INTO, P("fsdp", "tensor")),
     ("embed", r"embedding$", P("tensor", "fsdp")),  # (vocabulary, width)
     ("embed", r"(?<!embedding)$", P()),  # single learned vectors
     ("kernel", r"", P()),
@@ -167,5 +170,10 @@ def parameter_sharding(path: str, role: str, shape: tuple[int, ...], mesh: Mesh)
     """Applies the rule to the trailing dimensions; drops axes that do not divide theirs."""
     rule = tuple(rule_of(path, role))[-len(shape) :] if shape else ()
     spec = (None,) * (len(shape) - len(rule)) + rule
-    fits = lambda axis, size: axis if axis and size % mesh.shape[axis] == 0 else None
-    return NamedSharding(mesh, P(*(fits(axis, size) for axis, size in zip(spec, shape, strict=True))))
+
+    def fits(axes: str | tuple[str, ...] | None, size: int) -> bool:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    kept = (axes if fits(axes, size) else None for axes, size in zip(spec, shape, strict=True))
+    return NamedSharding(mesh, P(*kept))

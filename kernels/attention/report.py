@@ -28,11 +28,16 @@ from longwave.kernels.attention.visits import FIRST
 HEADS = 8
 AT = Coordinates(), Coordinates()
 PEERS = ((1024, 1024, 512), (2048, 2048, 1024))  # queries, keys, keys at a time: the best of many on some chip
-TUNED = tuple((Causal(), 4096, d) for d in (64, 128, 256))  # what is found serves any length that it divides
 CUTS = (  # of ours, that the tuner compares with those of the rule
     Cut(2048, 2048, (1024, 2048), (256, 256)),
     Cut(2048, 2048, (1024, 1024), (256, 256)),
     Cut(2048, 2048, (1024, 2048), (512, 512)),
+)
+NARROW = (Cut(2048, 2048, (2048, 2048), (256, 256)), Cut(4096, 2048, (2048, 2048), (256, 256)))  # for windows
+# What is found serves any length that it divides.
+TUNED = (
+    *((Causal(), 4096, d, CUTS) for d in (64, 128, 256)),
+    (Causal() & Window(512), 16384, 128, NARROW),
 )
 
 
@@ -55,10 +60,10 @@ def cases(chip: str) -> list[Entry]:
 def candidates(chip: str) -> list[Entry]:
     """Blocks of the forward kernel: those of the rule, and others."""
     entries = []
-    for mask, t, d in TUNED:
+    for mask, t, d, cuts in TUNED:
         q = jax.ShapeDtypeStruct((1, t, HEADS, d), jnp.bfloat16)
         name, ruled = blocks.problem(q, q, mask), blocks.rule(q, q, q, mask)
-        found = [Candidate(ours(name, chip, t, d, mask, cut), cut.row) for cut in dict.fromkeys((ruled, *CUTS))]
+        found = [Candidate(ours(name, chip, t, d, mask, cut), cut.row) for cut in dict.fromkeys((ruled, *cuts))]
         entries.append(Entry(name, "longwave", found))
     return entries
 

@@ -1,17 +1,14 @@
-"""What the recall tasks share: batches of questions and their answers, and the sums and baselines of these.
-
-A batch holds inputs (b, t), position (b, q) of the questions and label (b, q), the answers, all int32.
-"""
+"""Rows of the recall tasks: fixed sets, fresh batches, draws without replacement."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from longwave.training.task import Batch
 
@@ -25,8 +22,13 @@ def batch_spec(batch_size: int, length: int, questions: int) -> dict[str, jax.Sh
         "inputs": struct((batch_size, length), np.int32),
         "position": struct((batch_size, questions), np.int32),
         "label": struct((batch_size, questions), np.int32),
+        "cell": struct((batch_size,), np.int32),
         "weight": struct((batch_size,), np.float32),
     }
+
+
+def int32(**arrays: np.ndarray) -> Arrays:
+    return {name: np.ascontiguousarray(array, np.int32) for name, array in arrays.items()}
 
 
 class Rows:
@@ -51,16 +53,19 @@ def fresh_batches(
     rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Endless batches of new examples. Batch k is drawn whole from (entropy, k), whichever rows a process holds."""
-    chosen = slice(None) if rows is None else list(rows)
     for k in itertools.count(step):
-        batch = draw(np.random.default_rng((*entropy, k)), batch_size)
-        batch["weight"] = np.ones(batch_size, np.float32)
-        yield {name: array[chosen] for name, array in batch.items()}
+        yield whole_batch(draw(np.random.default_rng((*entropy, k)), batch_size), rows)
 
 
-def generator(split: str, seed: int) -> np.random.Generator:
+def whole_batch(arrays: Arrays, rows: Sequence[int] | None) -> Batch:
+    """Those rows of a batch without padding that a process holds."""
+    batch = arrays | {"weight": np.ones(len(arrays["inputs"]), np.float32)}
+    return batch if rows is None else {name: array[list(rows)] for name, array in batch.items()}
+
+
+def generator(split: str, *entropy: int) -> np.random.Generator:
     """The generator of a fixed set: no split's numbers are another's."""
-    return np.random.default_rng((SPLITS.index(split), seed))
+    return np.random.default_rng((SPLITS.index(split), *entropy))
 
 
 def digest(*sets: Arrays) -> str:
@@ -71,6 +76,15 @@ def digest(*sets: Arrays) -> str:
     return sha.hexdigest()
 
 
-def table_row(name: str, result: Mapping[str, Mapping[str, float]], baselines: Mapping[str, float]) -> dict[str, Any]:
-    scores = {split: result[split]["accuracy"] for split in ("valid", "test") if split in result}
-    return {"task": name, **scores, **baselines}
+def distinct(rng: np.random.Generator, rows: int, n: int, below: int) -> Int[np.ndarray, "rows n"]:
+    """In each row n distinct numbers below `below`, in uniformly random order.
+
+    Floyd's algorithm, for all rows at once: O(n^2) a row, where shuffling all numbers would take O(below).
+    """
+    chosen = np.empty((rows, n), np.int64)
+    for i in range(n):
+        top = below - n + i
+        new = rng.integers(top + 1, size=rows)
+        taken = (chosen[:, :i] == new[:, None]).any(1)
+        chosen[:, i] = np.where(taken, top, new)
+    return rng.permuted(chosen, axis=1)

@@ -19,6 +19,19 @@ from tests.training.test_sharding import check_rules
 GOLDEN = Path(__file__).parent / "golden"
 LISTOPS = "configs/lra/listops.gin"
 TASKS = ("text", "retrieval", "image", "pathfinder", "pathx")  # with model files of their own
+RECALL = (
+    "induction_lengths",
+    "induction_heads_mamba",
+    "selective_copying",
+    "mqar_zoology",
+    "mqar_based",
+    "mqar_mamba2",
+    "passkey",
+    "documents",
+    "needle",
+)
+SELECTIVE = ("mamba", "mamba2", "memmamba")
+LANGUAGE = (*SELECTIVE, "memmamba_paper", "transformer_lm")
 
 # What is named together on one command line.
 RUNS: tuple[tuple[str, ...], ...] = (
@@ -53,6 +66,11 @@ RUNS: tuple[tuple[str, ...], ...] = (
     ("configs/tasks/sc35.gin", "configs/tasks/sc35_s5.gin"),
     ("configs/tasks/mqar.gin",),
     ("configs/tasks/induction_heads.gin",),
+    *((f"configs/tasks/{task}.gin",) for task in RECALL),
+    ("configs/tasks/passkey.gin", "configs/tasks/passkey_memmamba.gin"),
+    *((LISTOPS, f"configs/lra/models/{model}{both}.gin") for model in SELECTIVE for both in ("", "_bidirectional")),
+    *(("configs/tasks/language_modelling.gin", f"configs/models/{model}.gin") for model in LANGUAGE),
+    ("configs/tasks/language_modelling.gin",),
 )
 # Pretraining: the files of task and model, and what is named behind them.
 PRETRAINING = (

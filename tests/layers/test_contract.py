@@ -11,11 +11,22 @@ from longwave import layers
 from longwave.layers import contract
 from longwave.layers.contract_forms import crossing
 from longwave.layers.contract_gaps import gap
+from longwave.layers.fusion import Weighted
 from longwave.layers.mixer import Mixer, Out
+from longwave.layers.note_choices import Periodic, StepSize
 from tests import tolerances
 from tests.layers.toy_mixers import ChunkMemory, Leaky, Smoother
 
 partial = functools.partial
+# A pool that overflows, another alpha than that at which nothing is read, around a small mixer.
+NOTES = {
+    "mixer": partial(layers.LRU, N=4, output=None),
+    "fusion": partial(Weighted, alpha=0.5),
+    "k": 3,
+    "summary": 8,
+    "heads": 2,
+    "p": None,
+}
 MIXERS = {
     **layers.MIXERS,
     # Small ones of what compiles long.
@@ -24,6 +35,9 @@ MIXERS = {
     "LMU": partial(layers.LMU, order=8),
     "LongConv": partial(layers.LongConv, l_max=32),
     "SGConv": partial(layers.SGConv, l_max=32, kernel_dim=4),
+    "Mamba": partial(layers.Mamba, N=4),
+    "Mamba2": partial(layers.Mamba2, N=8, P=8),
+    "MemMamba": partial(layers.MemMamba, note=Periodic(period=7, on=4), read=Periodic(period=7, on=4), **NOTES),
     "toy leaky": Leaky,
     "toy chunks": ChunkMemory,
     "toy smoother": Smoother,
@@ -55,6 +69,14 @@ FORMS = {
     "LongConv two-sided": partial(layers.LongConv, l_max=20, bidirectional=True),
     "SGConv short": partial(layers.SGConv, l_max=12, kernel_dim=2, decay_min=1.0, decay_max=3.0),
     "SGConv two-sided": partial(layers.SGConv, l_max=16, kernel_dim=4, channels=2, bidirectional=True),
+    "Mamba norms and biases": partial(layers.Mamba, N=4, conv=3, norm=layers.RMSNorm, bias=True, expand=1),
+    "Mamba2 groups, limits, biases": partial(
+        layers.Mamba2, N=4, P=4, G=2, conv=2, bias=True, D_per_channel=True, dt_limit=(0.01, 0.5)
+    ),
+    "MemMamba long, reading lower layers": partial(layers.memmamba_long, window=2, **{**NOTES, "p": 1}),
+    "MemMamba around Mamba": partial(
+        layers.memmamba_long, window=2, **{**NOTES, "mixer": partial(layers.Mamba, N=2)}, scorer=StepSize
+    ),
     "Bidirectional tied": partial(layers.Bidirectional, mixer=layers.Attention, tied=True),
 }
 
@@ -63,7 +85,8 @@ def broken(checks):
     return {check.name for check in checks if not check.passed}
 
 
-LATER = ("LRU", "LSSL", "LMU", "SGConv")  # in the long group: their operations have tests of their own
+# In the long group: their operations have tests of their own.
+LATER = ("LRU", "LSSL", "LMU", "SGConv", "Mamba2", "MemMamba")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n in LATER)) for n in MIXERS])
@@ -74,7 +97,8 @@ def test_every_mixer_keeps_the_contract(name):
 
 def form_marks(name):
     """S4's forms with channels compile for half a minute each."""
-    return [pytest.mark.full, *([pytest.mark.large] if name.startswith("S4 ") and "channels" in name else [])]
+    large = (name.startswith("S4 ") and "channels" in name) or name == "MemMamba around Mamba"
+    return [pytest.mark.full, *([pytest.mark.large] if large else [])]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=form_marks(n)) for n in FORMS])

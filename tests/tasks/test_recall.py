@@ -1,6 +1,7 @@
-"""The recall tasks: what the generators draw, row by row and in distribution, and what is asked and counted."""
+"""MQAR, induction heads, what all recall tasks share, and the grid: what is drawn, asked and counted."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,24 @@ import pytest
 from flax import nnx
 
 from longwave.models.heads import TokenClassifier
+from longwave.tasks.recall.batches import distinct
+from longwave.tasks.recall.grid import Grid, curriculum, mixed
 from longwave.tasks.recall.induction_heads import InductionHeads
-from longwave.tasks.recall.mqar import MQAR, distinct
-from longwave.training.classification import token_classification_sums
+from longwave.tasks.recall.mqar import MQAR
+from longwave.tasks.recall.passkey import Passkey
+from longwave.tasks.recall.recall import Group, recall_sums
 from tests.tolerances import FORWARD, assert_close
 
 SMALL = MQAR(vocab=64, length=32, pairs=5, sizes=(50, 10, 13))
+PAIRS = ((8, 1), (12, 3), (16, 2))
+GRID = Grid(
+    task=MQAR(vocab=32),
+    fields=("length", "pairs"),
+    train=PAIRS[:2],
+    test=PAIRS,
+    rows=(12, 8),
+    sizes=(3, 5),
+)
 
 
 def rows_of(batch):
@@ -78,7 +91,10 @@ def test_induction_heads_rows():
     assert places == set(range(6))
 
 
-@pytest.mark.parametrize("task", [SMALL, InductionHeads(length=12, sizes=(10, 13), epoch=50)], ids=lambda t: t.name)
+FRESH = InductionHeads(length=12, sizes=(10, 13), epoch=50)
+
+
+@pytest.mark.parametrize("task", [SMALL, FRESH], ids=lambda t: t.name)
 def test_streams(task):
     assert task.splits == {"train": 50, "valid": 10, "test": 13}
     batches = list(task.stream("test", batch_size=4))
@@ -87,19 +103,28 @@ def test_streams(task):
     np.testing.assert_array_equal(np.concatenate([b["inputs"] for b in batches])[:13], again["inputs"])
     assert not np.array_equal(next(task.stream("valid", batch_size=4))["inputs"], batches[0]["inputs"])
 
+
+LENGTHS = Grid(task=InductionHeads(vocab=8), fields=("length",), train=((8,), (9,)), test=((8,),), rows=(4, 4))
+
+
+@pytest.mark.parametrize("task", [SMALL, FRESH, GRID, LENGTHS], ids=["fixed", "fresh", "fixed grid", "fresh grid"])
+def test_training_batch_k_is_a_function_of_seed_and_k(task):
     stream = task.stream("train", batch_size=4, seed=1)
     third = [next(stream) for _ in range(3)][2]
     part = next(task.stream("train", batch_size=4, seed=1, step=2, rows=[3, 1]))
     for name, spec in task.batch_spec(4).items():
-        assert (third[name].shape, third[name].dtype) == (spec.shape, spec.dtype)
+        assert (third[name].dtype, len(third[name])) == (spec.dtype, 4)
+        assert third[name].shape[1:] == spec.shape[1:] or (isinstance(task, Grid) and third[name].shape < spec.shape)
         np.testing.assert_array_equal(part[name], third[name][[3, 1]])
-    assert not np.array_equal(next(task.stream("train", batch_size=4, seed=2, step=2))["inputs"], third["inputs"])
+    other = next(task.stream("train", batch_size=4, seed=2, step=2))["inputs"]
+    assert not np.array_equal(other, third["inputs"])
 
 
 def test_seeds_tell_sets_apart():
     tasks = [SMALL, InductionHeads(length=12)]
     tasks += [dataclasses.replace(task, seed=1) for task in tasks]
-    assert len({task.fingerprint()["digest"] for task in tasks}) == 4
+    grids = [dataclasses.replace(GRID, task=task) for task in (GRID.task, dataclasses.replace(GRID.task, seed=1))]
+    assert len({task.fingerprint()["digest"] for task in (*tasks, *grids)}) == 6
 
 
 def test_baselines():
@@ -110,6 +135,32 @@ def test_baselines():
     assert abs(task.baselines["majority"] - 1 / 3) < 0.1
     assert SMALL.baselines["a value of the row"] == 0.2
     assert SMALL.row({"test": {"accuracy": 1.0}}) == {"task": "mqar-32-5-vocab64", "test": 1.0, **SMALL.baselines}
+    # One, three and two questions a row: a guess is right once, once and once in a row.
+    assert GRID.baselines["a value of the row"] == pytest.approx((1 + 1 + 1) / (1 + 3 + 2))
+
+
+def test_a_grid_asks_every_setting():
+    seen = [(batch["inputs"].shape, batch["weight"].sum()) for batch in GRID.stream("test", batch_size=4)]
+    assert seen == [((4, t), weight) for t, _ in PAIRS for weight in (4, 1)]
+    assert GRID.splits == {"train": 20, "valid": 9, "test": 15}
+    assert (GRID.inputs.length, GRID.batch_spec(4)["inputs"].shape) == (16, (4, 12))
+    assert len(list(GRID.stream("test", batch_size=4, step=4))) == 2
+
+
+def test_fixed_batches_of_a_grid_come_back_in_another_order():
+    stream = GRID.stream("train", batch_size=4, seed=0)
+    first, second = ([next(stream)["inputs"].tobytes() for _ in range(5)] for _ in range(2))
+    assert len(set(first)) == 5
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+def test_orders():
+    assert sorted(mixed((3, 2), 7, k) for k in range(5)) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    turns = [curriculum((3, 4), 7, k, epochs=2) for k in range(14)]
+    assert [setting for setting, _ in turns] == [0] * 6 + [1] * 8
+    epochs = (turns[:3], turns[3:6], turns[6:10], turns[10:])
+    assert [sorted(number for _, number in epoch) for epoch in epochs] == [[0, 1, 2]] * 2 + [[0, 1, 2, 3]] * 2
 
 
 @pytest.mark.parametrize(
@@ -122,6 +173,17 @@ def test_baselines():
         (lambda: MQAR(sizes=(1, 0, 1)), "sizes"),
         (lambda: InductionHeads(length=3), "length = 3"),
         (lambda: InductionHeads(seed=-1), "seed = -1"),
+        (lambda: InductionHeads(chunk=0), "chunk = 0"),
+        (lambda: Passkey(sizes=(10, 12)), "multiples of 5"),
+        (lambda: dataclasses.replace(GRID, fields=("lenght", "pairs")), "lenght"),
+        (lambda: dataclasses.replace(GRID, fields=("length", "seed")), "seed"),
+        (lambda: dataclasses.replace(GRID, train=((8,),)), r"Grid.train = \(\(8,\),\)"),
+        (lambda: dataclasses.replace(GRID, rows=(1,)), "Grid.rows"),
+        (lambda: dataclasses.replace(GRID, sizes=(3, 0)), "Grid.sizes"),
+        (
+            lambda: dataclasses.replace(GRID, fields=("vocab", "pairs"), train=((32, 4),) * 2, test=((16, 4),)),
+            "vocabulary",
+        ),
     ],
 )
 def test_bad_settings(make, message):
@@ -129,18 +191,30 @@ def test_bad_settings(make, message):
         make()
 
 
-def test_sums_count_answers():
+def test_sums_count_whole_answers_and_groups():
+    """Four tokens asked in two answers of two; against a loop over rows."""
     rng = np.random.default_rng(0)
-    logits, label = rng.normal(size=(3, 4, 6)), rng.integers(0, 6, (3, 4))
-    label[0, 1] = label[2, 3] = -1
-    weight = np.array([1.0, 0.0, 1.0])
+    logits, cell = rng.normal(size=(40, 4, 3)), np.arange(40) % 4
+    label = np.where(rng.random((40, 4)) < 0.7, logits.argmax(2), rng.integers(0, 3, (40, 4)))
+    label[5, 2:] = -1  # not asked
+    weight = (np.arange(40) != 7).astype(float)
     p = np.exp(logits) / np.exp(logits).sum(2, keepdims=True)
-    asked = [(i, j) for i in (0, 2) for j in range(4) if label[i, j] >= 0]
-    arrays = jnp.asarray(logits, jnp.float32), jnp.asarray(label), jnp.asarray(weight, jnp.float32)
-    sums = jax.jit(token_classification_sums)(*arrays)
-    assert_close(sums.loss, -sum(np.log(p[i, j, label[i, j]]) for i, j in asked), FORWARD["float32"])
-    assert sums.weight == len(asked) == 6
-    assert sums.metrics["accuracy"] == sum(logits[i, j].argmax() == label[i, j] for i, j in asked)
+    loss = asked = right = 0
+    of_cell = dict.fromkeys(range(4), 0)
+    for i, j in itertools.product(range(40), (0, 2)):
+        if weight[i] and label[i, j] >= 0:
+            loss -= np.log([p[i, k, label[i, k]] for k in (j, j + 1)]).sum()
+            asked += 2
+            hit = 2 * all(logits[i, k].argmax() == label[i, k] for k in (j, j + 1))
+            right += hit
+            of_cell[cell[i]] += hit
+    batch = {"label": label, "cell": cell, "weight": np.float32(weight)}
+    groups = {"some": Group((0, 2), 0.5), "last": Group((3,), 0.25)}
+    sums = jax.jit(lambda x, y: recall_sums(x, y, answer=2, groups=groups))(np.float32(logits), batch)
+    assert_close(sums.loss, loss, FORWARD["float32"])
+    assert (sums.weight, sums.metrics["accuracy"]) == (asked, right)
+    assert sums.metrics["accuracy/some"] == 2 * (of_cell[0] + of_cell[2])
+    assert sums.metrics["accuracy/last"] == 4 * of_cell[3]
 
 
 class Remember(nnx.Module):
@@ -166,6 +240,33 @@ def test_logits_at_the_questions_are_those_of_every_token():
     label = np.asarray(batch["label"])[..., None]
     assert_close(sums.loss, -np.take_along_axis(log_p, label, axis=2).sum(), FORWARD["float32"])
     assert sums.weight == 8 * 5
+
+
+class Oracle(nnx.Module):
+    """Says what stands in a table at each position of the longest row: right at some settings, wrong at others."""
+
+    def __call__(self, inputs, ctx, train, position):
+        keys = jnp.take_along_axis(inputs, position, axis=1)
+        pairs = inputs[:, : 2 * position.shape[1]].reshape(len(inputs), -1, 2)
+        value = ((pairs[:, None, :, 0] == keys[..., None]) * pairs[:, None, :, 1]).max(2)
+        return jax.nn.one_hot(jnp.where(inputs.shape[1] == 12, 0, value), 32), ()
+
+
+def test_a_grid_reports_each_setting():
+    """The look-up is right but at 12 tokens, where it answers 0: half of all answers are asked there."""
+    total = None
+    for batch in GRID.stream("test", batch_size=4):
+        sums = jax.jit(lambda batch: GRID.loss(Oracle(), batch, None))(dict(batch))
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    result = {name: float(value / total.weight) for name, value in total.metrics.items()}
+    assert total.weight == 5 * (1 + 3 + 2)
+    expected = {"": 0.5, "/length=8,pairs=1": 1, "/length=12,pairs=3": 0, "/length=16,pairs=2": 1}
+    assert result == pytest.approx({f"accuracy{name}": value for name, value in expected.items()})
+    row = GRID.row({"test": result})
+    assert (row["test"], row["length=12,pairs=3"]) == (0.5, 0)
+    batch = next(GRID.stream("train", batch_size=4))
+    sums = jax.eval_shape(lambda batch: GRID.loss(Oracle(), batch, jax.random.key(0)), dict(batch))
+    assert set(sums.metrics) == {"accuracy"}
 
 
 def test_a_backbone_that_changes_the_length_is_refused():
