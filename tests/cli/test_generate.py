@@ -114,6 +114,7 @@ def test_the_most_probable_text_needs_no_seed(weights_dir, capsys):
     assert generated(capsys, weights_dir, *chosen) == generated(capsys, weights_dir, *chosen, "--seed", "8")
     broken = b"\xe2\x82".decode(errors="surrogateescape")  # as Python gives an argument that is no UTF-8
     assert generated(capsys, weights_dir, "--prompt", broken, "--tokens", "1").startswith("\ufffd")
+    assert generated(capsys, weights_dir, *chosen, "--bare") != generated(capsys, weights_dir, *chosen)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,7 @@ def test_the_most_probable_text_needs_no_seed(weights_dir, capsys):
     [
         (["--tokens", "0"], "--tokens 0: expected at least 1"),
         (["--piece", "0"], "--piece 0: expected at least 1"),
+        (["--bare"], "--bare: a prompt is empty"),
         (["--seed", "-1"], "--seed -1: expected 0 to 2^31"),
         (["--seed", "2147483648"], "--seed 2147483648: expected 0 to 2^31"),
         (["--top_p", "2"], "TopP.p = 2.0: expected more than 0, at most 1"),
