@@ -12,7 +12,6 @@ is in the batch.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -85,6 +84,12 @@ def write(
     return session, tokens
 
 
+# Compiled once for each shape and choice, however often `generate` is called.
+_start = jax.jit(start, static_argnums=1, static_argnames="capacity")
+_read = jax.jit(read, donate_argnums=1)
+_write = jax.jit(write, static_argnums=2, static_argnames=("sampling", "stop"), donate_argnums=1)
+
+
 class Speed(NamedTuple):
     """Seconds, without those of compiling; tokens of the prompts, and tokens given out."""
 
@@ -137,12 +142,10 @@ def generate(
     # Compiled ahead, so that times are of running alone: two functions, whatever the lengths.
     began = time.perf_counter()
     room = max(lengths) + -(-tokens // block) * block
-    fresh = jax.jit(functools.partial(start, model, len(prompts), capacity=room))
-    session = fresh(seeds=jnp.array(seeds, jnp.int32))
+    session = _start(model, len(prompts), capacity=room, seeds=jnp.array(seeds, jnp.int32))
     part = lambda i: (jnp.asarray(ids[:, i : i + piece]), None if full else jnp.asarray(valid[:, i : i + piece]))
-    reader = jax.jit(read, donate_argnums=1).lower(model, session, *part(0)).compile()
-    writing = functools.partial(write, sampling=sampling, stop=tuple(stop))
-    writer = jax.jit(writing, static_argnums=2, donate_argnums=1).lower(model, session, block).compile()
+    reader = _read.lower(model, session, *part(0)).compile()
+    writer = _write.lower(model, session, block, sampling=sampling, stop=tuple(stop)).compile()
     compiling, began = time.perf_counter() - began, time.perf_counter()
     for i in range(0, ids.shape[1], piece):
         session = reader(model, session, *part(i))

@@ -77,10 +77,11 @@ large = pytest.mark.large
     ("model", "mesh"),
     [
         ("mamba", "examples"),
-        *(pytest.param(*case, marks=pytest.mark.full) for case in (("mamba", "channels"), ("mamba2", "channels"))),
+        pytest.param("mamba2", "channels", marks=pytest.mark.full),
         *(
             pytest.param(*case, marks=[pytest.mark.full, large])
             for case in (
+                ("mamba", "channels"),
                 ("mamba", "time"),
                 ("mamba2", "examples"),
                 ("mamba2", "time"),

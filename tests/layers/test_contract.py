@@ -95,9 +95,12 @@ def test_every_mixer_keeps_the_contract(name):
     assert not broken(checks), contract.certificate(checks, name)
 
 
+LONGEST = ("LMU memories", "LSSL fixed", "LSSL LegT", "SGConv short", "Mamba norms and biases")  # tested elsewhere too
+
+
 def form_marks(name):
     """S4's forms with channels compile for half a minute each."""
-    large = (name.startswith("S4 ") and "channels" in name) or name == "MemMamba around Mamba"
+    large = (name.startswith("S4 ") and "channels" in name) or name.startswith("MemMamba") or name in LONGEST
     return [pytest.mark.full, *([pytest.mark.large] if large else [])]
 
 
