@@ -255,6 +255,7 @@ def test_what_is_refused():
 
 
 @pytest.mark.full
+@pytest.mark.large
 @pytest.mark.skipif(aot.missing() is not None, reason=aot.missing() or "")
 def test_chunks_compile_for_a_tpu():
     """What the kernels refuse: vector decays, with gradient."""

@@ -113,8 +113,12 @@ def inputs():
     return np.random.default_rng(0).normal(size=(4, 2, T, WIDTH)).astype(np.float32)
 
 
+RARE = ("min, residual", "learned trigger, mean, gated", "reservoir, rms, product")  # what they try, others try too
+
+
 def later(names, now):
-    return [pytest.param(name, marks=[pytest.mark.full] * (name not in now)) for name in names]
+    marks = lambda name: [] if name in now else [pytest.mark.full] + [pytest.mark.large] * (name in RARE)
+    return [pytest.param(name, marks=marks(name)) for name in names]
 
 
 @pytest.mark.parametrize("name", later(CASES, now=("paper",)))
@@ -251,6 +255,7 @@ def test_the_delta_trigger_asks_the_mixer():
 
 
 @pytest.mark.full
+@pytest.mark.large
 def test_memory_is_linear_in_time():
     def temporaries(t):
         model = memmamba_long(16, mixer=BASE, summary=8, window=8, k=4, p=None, rngs=nnx.Rngs(0))
