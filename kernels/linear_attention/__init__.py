@@ -31,7 +31,9 @@ def linear_attention(
     g: Float[Array, "b t h"] | Float[Array, "b t h K"] | None = None,
     *,
     w: Float[Array, "b t h"] | None = None,
+    beta: Float[Array, "b t h"] | Float[Array, "b t h K"] | None = None,
     scale: float = 1.0,
+    normaliser: float | None = None,
     state: Float[Array, "b h K V"] | Float[Array, "b s h K V"] | None = None,
     reset: Bool[Array, "b t"] | None = None,
     valid: Bool[Array, "b t"] | None = None,
@@ -44,6 +46,10 @@ def linear_attention(
     q, k, v: hq and hk divide h: head i reads q head i // (h / hq) and k head i // (h / hk).
     g: log of the decay, at most 0 (-inf forgets all): of a head, or of every key dimension. None: no decay.
     w: gate of what is written; None: 1. Mamba-2 is q = C, k = B, v = x, w = dt, g = dt A.
+    beta: gate of what is erased first, the delta rule: k_t (w_t v_t - S'(beta_t k_t))' is written, S the decayed state.
+        Of a head, or of every key dimension. DeltaNet is w = beta. Keys then should have length 1, and beta be below 2.
+    normaliser: eps: o_t = scale S_t' q_t / (scale s_t' q_t + eps), s_t the sum of what the keys wrote: S_t then has a last
+        column s_t, (b, h, K, V + 1), as if v ended with a 1. None: no division.
     state: S before the first token; None is zero.
     reset: true on the first token of a document: nothing passes between it and the token before.
     valid: false on padding, which neither writes nor is read; there o is 0.
@@ -53,18 +59,26 @@ def linear_attention(
     chunk: given with segment_ids, and only then; the best are multiples of 256, and of 32 on CPUs alone.
     axes: mesh axes that split batch, heads and time. Devices along those of time exchange a state each.
     """
-    _check(Inputs(q, k, v, g, w, reset, valid), state, segment_ids, chunk, axes)
+    if normaliser is not None:
+        v = jnp.concatenate((v, jnp.ones_like(v[..., :1])), axis=-1)
+    _check(Inputs(q, k, v, g, w, reset, valid, beta), state, segment_ids, chunk, axes)
     (b, t, h, V), K = v.shape, q.shape[-1]
     state = jnp.zeros((b, h, K, V)) if state is None else state.astype(jnp.float32)
     if segment_ids is not None:
         padding = segment_ids < 0
         valid = ~padding if valid is None else valid & ~padding
-    inputs = Inputs(q, k, v, g, w, reset, valid)
+    inputs = Inputs(q, k, v, g, w, reset, valid, beta)
     if t == 1:
-        return _one_token(inputs, state, segment_ids, scale)
-    axes = axes.for_heads(h)
-    q, k = (jnp.repeat(x, math.lcm(x.shape[2], parts(axes.heads)) // x.shape[2], axis=2) for x in (q, k))
-    o, state = _attend(Call(scale, chunk, axes), inputs._replace(q=q, k=k), state, segment_ids)
+        o, state = _one_token(inputs, state, segment_ids, scale)
+    elif beta is not None and segment_ids is None:  # TEMPORARY until the chunked form takes beta
+        o, state = reference.attend(inputs, state, scale=scale)
+    else:
+        axes = axes.for_heads(h)
+        q, k = (jnp.repeat(x, math.lcm(x.shape[2], parts(axes.heads)) // x.shape[2], axis=2) for x in (q, k))
+        o, state = _attend(Call(scale, chunk, axes), inputs._replace(q=q, k=k), state, segment_ids)
+    if normaliser is not None:
+        total = o[..., -1:].astype(jnp.float32) + normaliser
+        o = (o[..., :-1].astype(jnp.float32) / total).astype(v.dtype)
     return o, state
 
 
@@ -78,7 +92,13 @@ def _check(x: Inputs, state: Array | None, segment_ids: Array | None, chunk: int
     for name, keys in (("q", x.q), ("k", x.k)):
         if keys.shape[:2] != (b, t) or keys.shape[3:] != (K,) or h % keys.shape[2]:
             refuse(f"{name}.shape", keys.shape, f"{(b, t, 'a divisor of ' + str(h), K)}")
-    shapes = {"g": [(b, t, h), (b, t, h, K)], "w": [(b, t, h)], "reset": [(b, t)], "valid": [(b, t)]}
+    shapes = {
+        "g": [(b, t, h), (b, t, h, K)],
+        "w": [(b, t, h)],
+        "beta": [(b, t, h), (b, t, h, K)],
+        "reset": [(b, t)],
+        "valid": [(b, t)],
+    }
     for name, allowed in shapes.items():
         if (given := getattr(x, name)) is not None and given.shape not in allowed:
             refuse(f"{name}.shape", given.shape, " or ".join(map(str, allowed)))

@@ -1,8 +1,8 @@
 """The recurrence with a matrix for a state, one step straight from the equations, and the step's scan over time.
 
-    S_t = exp(g_t) S_{t-1} + k_t (w_t v_t)'         o_t = scale S_t' q_t
+    S' = exp(g_t) S_{t-1}       S_t = S' + k_t (w_t v_t - S'' (beta_t k_t))'       o_t = scale S_t' q_t
 
-A reset puts 0 in the place of exp(g). An invalid token neither writes nor reads: S passes by, and o is 0.
+(S'' is the transpose of S'; without an erase gate beta the term in it is absent.) A reset puts 0 in the place of exp(g). An invalid token neither writes nor reads: S passes by, and o is 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Inputs(NamedTuple):
     """The tokens of a call; of one token: without t.
 
     q: (b, t, hq, K); k: (b, t, hk, K); v: (b, t, h, V); g: (b, t, h), (b, t, h, K) or None: no decay; w: (b, t, h)
-    or None: 1; reset, valid: (b, t) or None. hq and hk divide h: head i reads q head i // (h / hq), and k alike.
+    or None: 1; reset, valid: (b, t) or None; beta: as g, or None: nothing is erased. hq and hk divide h: head i reads
+    q head i // (h / hq), and k alike.
     """
 
     q: Float[Array, "b *t hq K"]
@@ -30,6 +31,7 @@ class Inputs(NamedTuple):
     w: Float[Array, "b *t h"] | None
     reset: Bool[Array, "b *t"] | None
     valid: Bool[Array, "b *t"] | None
+    beta: Float[Array, "b *t h"] | Float[Array, "b *t h K"] | None = None
 
 
 def unpadded(inputs: Inputs) -> Inputs:
@@ -42,8 +44,8 @@ def unpadded(inputs: Inputs) -> Inputs:
     valid = inputs.valid
     keep = lambda x: jnp.where(over(valid, x), x, 0)
     q, k, v = keep(inputs.q), keep(inputs.k), keep(inputs.v)
-    g, w = (None if x is None else keep(x) for x in (inputs.g, inputs.w))
-    return Inputs(q, k, v, g, w, None if inputs.reset is None else inputs.reset & valid, None)
+    g, w, beta = (None if x is None else keep(x) for x in (inputs.g, inputs.w, inputs.beta))
+    return Inputs(q, k, v, g, w, None if inputs.reset is None else inputs.reset & valid, None, beta)
 
 
 def step(state: Float[Array, "b h K V"], token: Inputs, *, scale: float) -> tuple[Array, Array]:
@@ -58,6 +60,10 @@ def step(state: Float[Array, "b h K V"], token: Inputs, *, scale: float) -> tupl
         state = state * (decay[..., None] if decay.ndim == 3 else decay[..., None, None])
     if token.w is not None:
         v = v * token.w.astype(jnp.float32)[..., None]
+    if token.beta is not None:
+        beta = token.beta.astype(jnp.float32)
+        erased = k * (beta if beta.ndim == 3 else beta[..., None])
+        v = v - jnp.sum(erased[..., None] * state, axis=-2)
     state = state + k[..., :, None] * v[..., None, :]
     return state, scale * jnp.sum(q[..., None] * state, axis=-2)
 
