@@ -70,6 +70,10 @@ def types(b: Bench, t: Tolerances) -> Iterator[Gap]:
         cast = nnx.merge(b.graphdef, params, b.rest)
         init = lambda n, cast=cast: jax.eval_shape(lambda: cast.init_carry(b.settings.batch, capacity=n))
         yield _same("carry of a call without one", shapes(long.carry), shapes(init(b.length)))
+        fresh = jax.tree.leaves(cast.init_carry(b.settings.batch, capacity=b.length))
+        buffers = {x.unsafe_buffer_pointer() for x in fresh if x.size}
+        once = len(buffers) == sum(x.size > 0 for x in fresh)
+        yield fact("buffers of a new carry", once, "two of its arrays share one, so that it cannot be donated")
         carry = init(2 * b.length)
         for n in (b.length, 1):
             out = call(n, carry=carry)

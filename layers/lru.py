@@ -72,8 +72,7 @@ class LRU(Mixer):
 
     def init_carry(self, batch: int, *, capacity: int | None = None) -> Carry:
         """The state: a Pair of (b, N) float32. Nothing depends on capacity."""
-        zeros = jnp.zeros((batch, self.N))
-        return Pair(zeros, zeros)
+        return Pair(jnp.zeros((batch, self.N)), jnp.zeros((batch, self.N)))
 
     def __call__(self, x: Float[Array, "b t d"], carry: Carry | None = None, ctx: Context = Context()) -> Out:
         u = x if ctx.valid is None else jnp.where(ctx.valid[..., None], x, 0)

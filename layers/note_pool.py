@@ -33,9 +33,10 @@ def empty_pool(batch: int, *, window: int, slots: int, width: int) -> Pool:
     open:     the last `window` noted tokens, the newest last.
     note:     the summary that each slot holds.      number: which of the document's windows it is; -1: none.
     """
-    count, zeros = jnp.zeros(batch, jnp.int32), lambda n: jnp.zeros((batch, n, width + 1), jnp.float32)
+    count = lambda: jnp.zeros(batch, jnp.int32)
+    zeros = lambda n: jnp.zeros((batch, n, width + 1), jnp.float32)
     number = jnp.full((batch, slots), -1, jnp.int32)
-    return {"position": count, "rank": count, "open": zeros(window), "note": zeros(slots), "number": number}
+    return {"position": count(), "rank": count(), "open": zeros(window), "note": zeros(slots), "number": number}
 
 
 class Notes(NamedTuple):

@@ -124,8 +124,8 @@ class S5(Mixer):
     def init_carry(self, batch: int, *, capacity: int | None = None) -> Carry:
         """The state: a Pair of (b, p) float32. Nothing depends on capacity."""
         self._refuse_if_bidirectional(True)
-        zeros = jnp.zeros((batch, self.Lambda_re.shape[0]))
-        return Pair(zeros, zeros)
+        shape = (batch, self.Lambda_re.shape[0])
+        return Pair(jnp.zeros(shape), jnp.zeros(shape))
 
     def __call__(self, x: Float[Array, "b t d"], carry: Carry | None = None, ctx: Context = Context()) -> Out:
         self._refuse_if_bidirectional(carry is not None)
