@@ -52,6 +52,9 @@ class Places(NamedTuple):
 def places(start: Int[Array, "b"], t: int, ctx: Context) -> Places:
     """Positions and segments of t tokens behind `start` tokens of each row's current document."""
     shape = (start.shape[0], t)
+    if ctx.valid is None and ctx.reset is None:  # no sum over time, which may be split over devices
+        zeros = jnp.zeros(shape, jnp.int32)
+        return Places(start[:, None] + jnp.arange(t)[None], zeros, start + t, zeros[:, 0])
     valid = jnp.ones(shape, bool) if ctx.valid is None else ctx.valid
     reset = jnp.zeros(shape, bool) if ctx.reset is None else ctx.reset & valid
     rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
@@ -152,8 +155,8 @@ class Attention(Mixer):
 
     def _empty(self, batch: int, capacity: int | None, dtype) -> Carry:
         slots = capacity if self.ring is None else self.sinks + self.ring
-        kv = jnp.zeros((batch, slots, self.kv_heads, self.head_dim), dtype)
-        return {"k": kv, "v": kv, "position": jnp.zeros(batch, jnp.int32)}
+        shape = (batch, slots, self.kv_heads, self.head_dim)  # a buffer each: they may be donated
+        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "position": jnp.zeros(batch, jnp.int32)}
 
     def __call__(self, x: Float[Array, "b t d"], carry: Carry | None = None, ctx: Context = Context()) -> Out:
         b, t, _ = x.shape

@@ -1,4 +1,4 @@
-"""The affine map, by its initialisation: PyTorch's, which most papers' recipes assume, and two of flax's.
+"""The affine map, by its initialisation: PyTorch's, which most papers' recipes assume, and others'.
 
 Modules that let a config choose take a constructor of this kind: (width_in, width_out, *, bias=True, rngs).
 """
@@ -41,3 +41,8 @@ def xavier(width_in: int, width_out: int, *, bias: bool = True, rngs: nnx.Rngs) 
     """
     kernel, tiny = jax.nn.initializers.glorot_uniform(), jax.nn.initializers.normal(1e-6)
     return nnx.Linear(width_in, width_out, use_bias=bias, kernel_init=kernel, bias_init=tiny, rngs=rngs)
+
+
+def normal(width_in: int, width_out: int, *, std: float = 0.02, bias: bool = True, rngs: nnx.Rngs) -> nnx.Linear:
+    """Kernel N(0, std^2), bias 0: of GPT-2, and of many language models since."""
+    return nnx.Linear(width_in, width_out, use_bias=bias, kernel_init=jax.nn.initializers.normal(std), rngs=rngs)

@@ -122,11 +122,11 @@ class Pretraining(abc.ABC):
         everywhere = jnp.ones(inputs.shape[:2], bool) if valid is None else valid
         read, target, asked = self.problem(inputs, self._target(inputs), everywhere, masking)
         ctx = Context(valid=valid, key=None if key is None else dropout, axes=axes)
-        output, _ = model(read, ctx, train=key is not None)
+        output, aux = model(read, ctx, train=key is not None)
         if target.ndim == 2:
-            return token_classification_sums(output, jnp.where(asked, target, -1), weight)
+            return token_classification_sums(output, jnp.where(asked, target, -1), weight)._replace(aux=aux)
         counts = asked * weight[:, None]
-        return Sums((counts * jnp.abs(output - target).mean(2)).sum(), counts.sum(), {})
+        return Sums((counts * jnp.abs(output - target).mean(2)).sum(), counts.sum(), {}, aux)
 
     def fingerprint(self) -> dict[str, Any]:
         own = {field.name: str(getattr(self, field.name)) for field in dataclasses.fields(self) if field.name != "task"}

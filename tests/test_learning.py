@@ -18,7 +18,9 @@ from longwave.training.run import Run
 
 ATTENTION = functools.partial(layers.Attention, heads=2)
 S4D = functools.partial(layers.S4D, N=16)
+DELTA = functools.partial(layers.DeltaNet, heads=2)
 LEARN = {"attention": (ATTENTION, ATTENTION), "s4d-attention": (S4D, ATTENTION)}  # two layers each, no MLP
+RECURRENT = {"deltanet": (DELTA, DELTA)}  # asked for associative recall
 CANNOT = {"s4d": (S4D, S4D)}  # what is written into the state must depend on what is read: here it does not
 
 RECALL = MQAR(vocab=64, length=32, pairs=4, sizes=(20_000, 64, 512))
@@ -42,7 +44,10 @@ def accuracy(task, mixers, steps):
 @pytest.mark.full
 @pytest.mark.parametrize(
     "mixers",
-    [pytest.param(m, id=name, marks=[pytest.mark.large] * (name != "attention")) for name, m in LEARN.items()],
+    [
+        pytest.param(m, id=name, marks=[pytest.mark.large] * (name != "attention"))
+        for name, m in (LEARN | RECURRENT).items()
+    ],
 )
 def test_associative_recall_is_learned(mixers):
     assert accuracy(RECALL, mixers, steps=400) > 0.95

@@ -28,8 +28,8 @@ def classification_loss(model: nnx.Module, batch: Mapping[str, Array], key: PRNG
     Of pairs: inputs (b, 2, t, ...), and length (b, 2).
     """
     ctx = Context(valid=_valid(batch), key=key, axes=axes)
-    logits, _ = model(batch["inputs"], ctx, train=key is not None)
-    return classification_sums(logits, batch["label"], batch["weight"])
+    logits, aux = model(batch["inputs"], ctx, train=key is not None)
+    return classification_sums(logits, batch["label"], batch["weight"])._replace(aux=aux)
 
 
 def token_classification_sums(
@@ -50,8 +50,8 @@ def token_classification_loss(
     With positions, logits are formed at these q alone: at all t, a large vocabulary would cost more than the model.
     """
     ctx = Context(valid=_valid(batch), key=key, axes=axes)
-    logits, _ = model(batch["inputs"], ctx, train=key is not None, position=batch.get("position"))
-    return token_classification_sums(logits, batch["label"], batch["weight"])
+    logits, aux = model(batch["inputs"], ctx, train=key is not None, position=batch.get("position"))
+    return token_classification_sums(logits, batch["label"], batch["weight"])._replace(aux=aux)
 
 
 def _valid(batch: Mapping[str, Array]) -> Bool[Array, "b *pair t"] | None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Array
 
 from longwave.training.optimizer import AdamW
 from longwave.training.task import MakeBackbone, Task
@@ -16,6 +19,7 @@ class Run:
 
     task: data, head, loss and metric.            backbone: makes the model's body from the task's inputs.
     optimizer: groups, schedule, clipping.        steps: optimiser steps of the whole run.
+    side_loss: of the mixers' side outputs, added to the task's in training and logged, such as BalanceLoss; or None.
     batch_size: global batch, over all devices.   accumulate: micro-batches a step sums its gradients over.
     seed: initialisation, data order, dropout.    compute_dtype: float32 or bfloat16; state stays float32.
     ema: decay of the averaged parameters that evaluation uses, or None.
@@ -34,6 +38,7 @@ class Run:
     steps: int
     batch_size: int
     accumulate: int = 1
+    side_loss: Callable[[Any], Array] | None = None
     seed: int = 0
     compute_dtype: str = "float32"
     ema: float | None = None

@@ -34,7 +34,7 @@ BATCH = ("data", "fsdp")
 # number for each channel or head: operations cut out their own.
 _OUT = r"/(out|down)/kernel$|/W_o$"  # from heads, channels back into the residual stream
 _SHARED = r"/to_(dt|B|C)/kernel$"  # from channels to what all channels need
-_NOTES = r"/W_n$"  # from the residual stream to what all heads need
+_NOTES = r"/(W_n|router/kernel|low/kernel)$"  # from the residual stream to what all heads need
 _INTO = f"^(?!.*({_OUT}|{_SHARED}|{_NOTES}))"  # from the residual stream into heads, channels; and a mixer's own
 RULES: tuple[tuple[str, str, P], ...] = (
     ("weight", _OUT, P("tensor", "fsdp")),

@@ -87,7 +87,7 @@ def make_gradients(
 
     def sum_loss(params: Params, model_state: Params, batch: Any, key: Array) -> tuple[Array, tuple[Sums, Params]]:
         module = model.merge(model.cast(params, run.compute_dtype), model_state)
-        sums = task.loss(module, batch, key, axes)
+        sums = _with_side_loss(task.loss(module, batch, key, axes), run)
         return sums.loss, (sums, split(module)[1])
 
     gradient = jax.grad(sum_loss, has_aux=True)
@@ -116,12 +116,20 @@ def make_gradients(
     return gradients
 
 
+def _with_side_loss(sums: Sums, run: Run) -> Sums:
+    """The sums without the side outputs of mixers, but with the loss that these are for, if there is one."""
+    if run.side_loss is None:
+        return sums._replace(aux=())
+    side = run.side_loss(sums.aux) * sums.weight
+    return Sums(sums.loss + side, sums.weight, {**sums.metrics, "side_loss": side})
+
+
 def make_eval_step(model: ModelDef, task: Task, run: Run, axes: Axes) -> Callable[[Params, Params, Any], Sums]:
     """(params, model_state, batch) -> sums, without randomness and with the running statistics."""
 
     def eval_step(params: Params, model_state: Params, batch: Any) -> Sums:
         module: nnx.Module = model.merge(model.cast(params, run.compute_dtype), model_state)
-        return task.loss(module, batch, None, axes)
+        return task.loss(module, batch, None, axes)._replace(aux=())
 
     return eval_step
 

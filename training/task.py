@@ -25,12 +25,14 @@ class Sums(NamedTuple):
     """Sums over the examples (or tokens) of a batch; a padded row has weight 0 and adds nothing.
 
     loss / weight is what is minimised; metrics[name] / weight is what is reported. Sums of several batches, hosts or
-    micro-batches add, and are divided once at the end: never a mean of means.
+    micro-batches add, and are divided once at the end: never a mean of means. aux: the mixers' side outputs, which the
+    step reads (`Run.side_loss`) and drops.
     """
 
     loss: Float[Array, ""]
     weight: Float[Array, ""]
     metrics: dict[str, Float[Array, ""]]
+    aux: Any = ()
 
 
 class Task(Protocol):

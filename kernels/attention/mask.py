@@ -176,6 +176,27 @@ class Blocks(Mask):
 
 
 @dataclasses.dataclass(frozen=True)
+class ChunkSummary(Mask):
+    """Positions of queries fall into chunks of `size`, and key j stands for chunk j: a query sees the chunks before
+    its own, which is over before it began (RAT, arXiv:2507.04416).
+    """
+
+    size: int
+
+    def __post_init__(self):
+        _at_least(1, self, "size")
+
+    def visible(self, q: Positions, k: Positions) -> Answer:
+        return k < _block(q, self.size)
+
+    def live(self, q_lo: Positions, q_hi: Positions, k_lo: Positions, k_hi: Positions) -> Answer:
+        return k_lo < _block(q_hi, self.size)
+
+    def whole(self, q_lo: Positions, q_hi: Positions, k_lo: Positions, k_hi: Positions) -> Answer:
+        return k_hi < _block(q_lo, self.size)
+
+
+@dataclasses.dataclass(frozen=True)
 class Butterfly(Mask):
     """Block i of queries sees block j of keys where i = j, or where their binary numbers differ in one low bit.
 

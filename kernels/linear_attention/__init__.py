@@ -1,7 +1,10 @@
-"""Linear attention: a matrix for a state, S_t = exp(g_t) S_{t-1} + k_t (w_t v_t)', read by o_t = scale S_t' q_t.
+"""Linear attention: a matrix for a state, that every token fades, erases from, writes to and reads.
 
-Linear attention, retention, GLA and Mamba-2's SSD are this recurrence. One token is `reference.step`; more of them run
-in chunks. The gradient keeps the inputs and the state before every 256 tokens.
+    D = exp(g_t) S_{t-1}        S_t = D + k_t (w_t v_t - D' (beta_t k_t))'        o_t = scale S_t' q_t
+
+Linear attention, retention, GLA and Mamba-2's SSD are this recurrence without beta; DeltaNet, Gated DeltaNet and KDA
+have it. One token is `reference.step`; more of them run in chunks. The gradient keeps the inputs and the state before
+every 256 tokens.
 """
 
 from __future__ import annotations
@@ -41,15 +44,15 @@ def linear_attention(
     chunk: int | None = None,
     axes: Axes = Axes(),
 ) -> tuple[Float[Array, "b t h V"], Float[Array, "b h K V"] | Float[Array, "b s h K V"]]:
-    """(o in the dtype of v, final state in float32) of S_t = exp(g_t) S_{t-1} + k_t (w_t v_t)', o_t = scale S_t' q_t.
+    """(o in the dtype of v, final state in float32) of the recurrence above. A gate that is None costs nothing.
 
     q, k, v: hq and hk divide h: head i reads q head i // (h / hq) and k head i // (h / hk).
     g: log of the decay, at most 0 (-inf forgets all): of a head, or of every key dimension. None: no decay.
     w: gate of what is written; None: 1. Mamba-2 is q = C, k = B, v = x, w = dt, g = dt A.
-    beta: gate of what is erased first, the delta rule: k_t (w_t v_t - S'(beta_t k_t))' is written, S the decayed state.
-        Of a head, or of every key dimension. DeltaNet is w = beta. Keys then should have length 1, and beta be below 2.
-    normaliser: eps: o_t = scale S_t' q_t / (scale s_t' q_t + eps), s_t the sum of what the keys wrote: S_t then has a last
-        column s_t, (b, h, K, V + 1), as if v ended with a 1. None: no division.
+    beta: gate of what is erased, the delta rule: of a head, or of every key dimension. None: nothing. DeltaNet is
+        w = beta. If keys have length 1 and every head has a beta from 0 to 2, erasing enlarges no state; else it may.
+    normaliser: eps > 0: o_t = scale S_t' q_t / (scale s_t' q_t + eps), with s as S made of a 1 in the place of v. The
+        state is then (b, h, K, V + 1): its last column is s. None: no division.
     state: S before the first token; None is zero.
     reset: true on the first token of a document: nothing passes between it and the token before.
     valid: false on padding, which neither writes nor is read; there o is 0.
@@ -60,6 +63,8 @@ def linear_attention(
     axes: mesh axes that split batch, heads and time. Devices along those of time exchange a state each.
     """
     if normaliser is not None:
+        if normaliser <= 0:
+            raise ValueError(f"linear_attention: normaliser = {normaliser}; it must be None or above 0")
         v = jnp.concatenate((v, jnp.ones_like(v[..., :1])), axis=-1)
     _check(Inputs(q, k, v, g, w, reset, valid, beta), state, segment_ids, chunk, axes)
     (b, t, h, V), K = v.shape, q.shape[-1]
@@ -70,8 +75,6 @@ def linear_attention(
     inputs = Inputs(q, k, v, g, w, reset, valid, beta)
     if t == 1:
         o, state = _one_token(inputs, state, segment_ids, scale)
-    elif beta is not None and segment_ids is None:  # TEMPORARY until the chunked form takes beta
-        o, state = reference.attend(inputs, state, scale=scale)
     else:
         axes = axes.for_heads(h)
         q, k = (jnp.repeat(x, math.lcm(x.shape[2], parts(axes.heads)) // x.shape[2], axis=2) for x in (q, k))
@@ -143,12 +146,13 @@ class Call:
         """That function of the form of the platform that is compiled for."""
 
         def chunks(way: chunked.Way) -> Callable:
+            length = way.chunk if inputs.beta is None else way.erasing
             if self.chunk is not None:
-                way = way._replace(chunk=math.gcd(way.chunk, self.chunk))
-            return partial(getattr(chunked, name), scale=self.scale, way=way)
+                length = math.gcd(length, self.chunk)
+            return partial(getattr(chunked, name), scale=self.scale, way=way._replace(chunk=length))
 
         forms = {platform: chunks(way) for platform, way in chunked.WAYS.items()}
-        if reason := left_to_xla() or ("states of segments" if self.chunk else pallas_tpu.refusal(inputs)):
+        if reason := left_to_xla() or pallas_tpu.refusal(inputs, self.chunk):
             _log(f"on TPUs linear_attention runs in chunks, not by its kernels: {reason}")
         else:
             forms["tpu"] = partial(getattr(pallas_tpu, name), scale=self.scale)
@@ -175,7 +179,8 @@ def _attend_fwd(call: Call, inputs: Inputs, state: Array, segment_ids: Array | N
             return call.run("forward_segments", inputs, state, segment_ids, inputs=inputs)
         if not call.axes.seq:
             return call.run("forward", inputs, state, inputs=inputs)
-        state, final = over_devices.handed(inputs, state, call.axes.seq)
+        forward = lambda inputs, state: call.run("forward", inputs, state, inputs=inputs)
+        state, final = over_devices.handed(inputs, state, call.axes.seq, forward)
         o, _, saved = call.run("forward", inputs, state, inputs=inputs)
         return o, final, saved
 
@@ -193,7 +198,9 @@ def _attend_bwd(call: Call, kept: tuple, cotangents: tuple[Array, Array]) -> tup
             return call.run("backward_segments", inputs, state, saved, segment_ids, do, dfinal, inputs=inputs)
         if not call.axes.seq:
             return call.run("backward", inputs, saved, do, dfinal, inputs=inputs)
-        dfinal, dstate = over_devices.handed_back(inputs, do, dfinal, call.axes.seq, scale=call.scale)
+        backward = lambda inputs, *args: call.run("backward", inputs, *args, inputs=inputs)
+        handed = over_devices.handed_back(inputs, do, dfinal, call.axes.seq, backward, scale=call.scale)
+        dfinal, dstate = handed
         return call.run("backward", inputs, saved, do, dfinal, inputs=inputs)[0], dstate
 
     (inputs, saved, segment_ids, state), (do, dfinal) = kept, cotangents

@@ -18,6 +18,7 @@ Letters: n chunks, G groups of heads that share q and k, r heads of a group, c t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -46,14 +47,15 @@ def documents(reset: Bool[Array, "n c"]) -> Documents:
 
 
 class Reads(NamedTuple):
-    """A: (n, G, r, c, c), 0 above the diagonal. q, k: (n, G, c, K), decayed if decays are vectors.
+    """What reads: q, and where an erase gate is, beta k. A of each: (n, G, r, c, c), 0 above the diagonal.
 
+    q of each, and k: (n, G, c, K), decayed if decays are vectors.
     enter, leave: (n, G, r, c), factors of what the state gives to o and of what u gives to the state, or None: 1.
     fade: (n, G, r, 1) or (n, G, 1, K), the factor of the state that passes by, or None: 1.
     """
 
-    A: Float[Array, "n G r c c"]
-    q: Float[Array, "n G c K"]
+    A: Sequence[Float[Array, "n G r c c"]]
+    q: Sequence[Float[Array, "n G c K"]]
     k: Float[Array, "n G c K"]
     enter: Float[Array, "n G r c"] | None
     leave: Float[Array, "n G r c"] | None
@@ -63,8 +65,8 @@ class Reads(NamedTuple):
 class Cotangents(NamedTuple):
     """Of `Reads`. Of A without the decay's own factor; of enter and leave times these factors themselves."""
 
-    A: Float[Array, "n G r c c"]
-    q: Float[Array, "n G c K"]
+    A: Sequence[Float[Array, "n G r c c"]]
+    q: Sequence[Float[Array, "n G c K"]]
     k: Float[Array, "n G c K"]
     enter: Float[Array, "n G r c"]
     leave: Float[Array, "n G r c"]
@@ -81,9 +83,11 @@ def total(x: Float[Array, "n G r *rest"]) -> Float[Array, "n G *rest"]:
 # No decay, or a scalar
 
 
-def scalar(q: Array, k: Array, g: Float[Array, "n G r c"] | None, docs: Documents | None) -> tuple[Reads, Array]:
+def scalar(
+    readers: Sequence[Array], k: Array, g: Float[Array, "n G r c"] | None, docs: Documents | None
+) -> tuple[Reads, Array]:
     """(the factors, exp(b_i - b_j) (n, G, r, c, c))."""
-    c = q.shape[-2]
+    c = k.shape[-2]
     see = np.tril(np.ones((c, c), bool))[None]
     see = (see if docs is None else see & docs.same)[:, None, None]
     if g is None:
@@ -100,22 +104,24 @@ def scalar(q: Array, k: Array, g: Float[Array, "n G r c"] | None, docs: Document
             over = lambda mask: mask[:, None, None]
             enter, leave = jnp.where(over(docs.first), enter, 0), jnp.where(over(docs.last), leave, 0)
             fade = jnp.where(over(docs.one)[..., None], fade, 0)
-    A = einsum32("ngik,ngjk->ngij", q, k)[:, :, None] * decay
-    return Reads(A, q, k, enter, leave, fade), decay
+    A = tuple(einsum32("ngik,ngjk->ngij", q, k.astype(q.dtype))[:, :, None] * decay for q in readers)
+    return Reads(A, readers, k, enter, leave, fade), decay
 
 
-def scalar_pull(reads: Reads, decay: Array, d: Cotangents, *, decays: bool) -> tuple[Array, Array, Array | None]:
-    """(dq, dk, dg (n, G, r, c) or None)."""
-    P = total(d.A * decay)
-    dq = einsum32("ngij,ngjk->ngik", P, reads.k) + d.q
-    dk = einsum32("ngij,ngik->ngjk", P, reads.q) + d.k
+def scalar_pull(reads: Reads, decay: Array, d: Cotangents, *, decays: bool) -> tuple[list[Array], Array, Array | None]:
+    """(those of the readers, dk, dg (n, G, r, c) or None)."""
+    dreaders, dk = [], d.k
+    for q, dA, dq in zip(reads.q, d.A, d.q, strict=True):
+        P = total(dA * decay)
+        dreaders.append(einsum32("ngij,ngjk->ngik", P, reads.k.astype(q.dtype)) + dq)
+        dk = einsum32("ngij,ngik->ngjk", P, q) + dk
     if not decays or d.fade is None:
-        return dq, dk, None
+        return dreaders, dk, None
     c = decay.shape[-1]
     strictly = np.tri(c, k=-1, dtype=bool)[None, None, None]  # what is between a token and itself decays nothing
-    M = jnp.where(strictly, d.A * reads.A, 0)
+    M = jnp.where(strictly, sum(dA * A for dA, A in zip(d.A, reads.A, strict=True)), 0)
     at = jnp.sum(M, -1) - jnp.sum(M, -2) + d.enter
-    return dq, dk, _from(at) + _before(d.leave) + d.fade
+    return dreaders, dk, _from(at) + _before(d.leave) + d.fade
 
 
 def _between(g: Float[Array, "... c"]) -> Float[Array, "... c c"]:
@@ -151,25 +157,33 @@ def _triangle(x: Array, counts) -> Array:
 # A vector
 
 
-def vector(q: Array, k: Array, g: Float[Array, "n G c K"], docs: Documents | None) -> Reads:
+def vector(
+    readers: Sequence[Array], k: Float[Array, "n G c K"], g: Float[Array, "n G c K"], docs: Documents | None
+) -> Reads:
     """The factors, each pair of tokens through the point where the halves that hold them touch."""
-    c, lead = q.shape[-2], q.shape[:2]
-    q, k, g = (x.astype(jnp.float32) for x in (q, k, g))
-    since, until = g[..., None, :], jnp.zeros_like(g)[..., None, :]  # of blocks of one token
-    A = jnp.sum(q * k, -1)[..., None, None]
+    (n, G, c, K), z = k.shape, len(readers)
+    q = jnp.stack(readers, -2).astype(jnp.float32).reshape(-1, z, K)
+    k, since = (x.astype(jnp.float32).reshape(-1, 1, K) for x in (k, g))
+    until = jnp.zeros_like(since)
+    A = jnp.sum(q * k, -1, keepdims=True)  # blocks of one token, (block, token, K); in A a row for each of its readers
     m = 1
-    while m < c:
-        pairs = lambda x: jnp.moveaxis(x.reshape(*lead, c // (2 * m), 2, m, -1), 3, 0)  # noqa: B023 (used at once)
+    while m < c:  # blocks of all chunks along one axis: XLA's CPU library fails on products of many axes
+        pairs = lambda x: jnp.moveaxis(x.reshape(-1, 2, *x.shape[1:]), 1, 0)
         (A1, A2), (since1, since2), (until1, until2) = pairs(A), pairs(since), pairs(until)
-        low = einsum32("ngsik,ngsjk->ngsij", pairs(q)[1] * jnp.exp(since2), pairs(k)[0] * jnp.exp(until1))
-        A = jnp.concatenate((jnp.pad(A1, [(0, 0)] * 4 + [(0, m)]), jnp.concatenate((low, A2), -1)), -2)
-        since = jnp.concatenate((since1, since1[..., -1:, :] + since2), -2)
-        until = jnp.concatenate((until1 + since2[..., -1:, :], until2), -2)
+        q2, k1 = (x.reshape(-1, 2, m, *x.shape[1:])[:, i] for i, x in ((1, q), (0, k[:, 0])))
+        q2 = (q2 * jnp.exp(since2)[:, :, None]).reshape(-1, m * z, K)
+        low = einsum32("sik,sjk->sij", q2, k1 * jnp.exp(until1))
+        A = jnp.concatenate((jnp.pad(A1, [(0, 0), (0, 0), (0, m)]), jnp.concatenate((low, A2), -1)), -2)
+        since = jnp.concatenate((since1, since1[:, -1:] + since2), -2)
+        until = jnp.concatenate((until1 + since2[:, -1:], until2), -2)
         m *= 2
-    A, since, until = (x[:, :, 0] for x in (A, since, until))
-    q, k, fade = q * jnp.exp(since), k * jnp.exp(until), jnp.exp(since[..., -1:, :])
+    A, q = A.reshape(n, G, c, z, c), q.reshape(n, G, c, z, K)
+    k, since, until = (x.reshape(n, G, c, K) for x in (k, since, until))
+    q, k, fade = q * jnp.exp(since)[..., None, :], k * jnp.exp(until), jnp.exp(since[..., -1:, :])
     if docs is not None:
-        A = jnp.where(docs.same[:, None], A, 0)
-        q, k = jnp.where(docs.first[:, None, :, None], q, 0), jnp.where(docs.last[:, None, :, None], k, 0)
+        A = jnp.where(docs.same[:, None, :, None], A, 0)
+        q = jnp.where(docs.first[:, None, :, None, None], q, 0)
+        k = jnp.where(docs.last[:, None, :, None], k, 0)
         fade = jnp.where(docs.one[:, None, None, None], fade, 0)
-    return Reads(A[:, :, None], q, k, None, None, fade)
+    of_each = lambda x: tuple(x[:, :, :, i] for i in range(z))
+    return Reads(tuple(A[:, :, None] for A in of_each(A)), of_each(q), k, None, None, fade)

@@ -1,8 +1,8 @@
 """The recurrence with a matrix for a state, one step straight from the equations, and the step's scan over time.
 
-    S' = exp(g_t) S_{t-1}       S_t = S' + k_t (w_t v_t - S'' (beta_t k_t))'       o_t = scale S_t' q_t
+    D = exp(g_t) S_{t-1}        S_t = D + k_t (w_t v_t - D' (beta_t k_t))'        o_t = scale S_t' q_t
 
-(S'' is the transpose of S'; without an erase gate beta the term in it is absent.) A reset puts 0 in the place of exp(g). An invalid token neither writes nor reads: S passes by, and o is 0.
+A reset puts 0 in the place of exp(g). An invalid token neither erases, writes nor reads: S passes by, and o is 0.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
 
 
 def unpadded(inputs: Inputs) -> Inputs:
-    """The same without `valid`: a padding token keeps the state (g = 0), writes k = v = 0 and reads q = 0.
+    """The same without `valid`: a padding token keeps the state (g = beta = 0), writes k = v = 0 and reads q = 0.
 
     Whatever stood there, NaN too, is gone from values and gradients.
     """

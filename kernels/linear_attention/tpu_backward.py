@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from longwave.kernels.linear_attention.tpu_forward import cost
 from longwave.kernels.linear_attention.tpu_gates import (
@@ -43,7 +43,7 @@ from longwave.kernels.linear_attention.tpu_gates import (
     times,
     visible,
 )
-from longwave.kernels.linear_attention.tpu_layout import LANES, VMEM_LIMIT, Plan
+from longwave.kernels.linear_attention.tpu_layout import LANES, Plan
 
 TOGETHER = 2, 3  # as in the forward kernel
 
@@ -56,7 +56,7 @@ class Refs(NamedTuple):
     rows: Any  # (1, heads, gates, tokens), or None
     starts: Any  # (1, 1, tokens), or None
     saved: Any  # (1, chunks, heads V, K), before each chunk
-    dstate: Any  # (1, heads V, K), of the state behind the last token
+    dstate: Any  # (1, heads V, K), of the state behind the last token, of the step's segment
 
 
 class Outs(NamedTuple):
@@ -97,47 +97,53 @@ class Gradients(NamedTuple):
     rows: list[list[Float[Array, "1 i"]]]
 
 
-def call(plan: Plan, *arrays: Array | None) -> Outs:
-    """arrays: as `Refs`. dq and dk of every program."""
-    specs, f32, given = plan.specs(reverse=True), jnp.float32, Refs(*arrays)
-    keys, values, rows, state = specs.keys(), specs.values(), specs.rows(), specs.state()
-    ins = Refs(keys, keys, values, values, rows, specs.starts(), specs.saved(), state)
-    own = specs.keys(shared=False)
-    outs = Outs(own, own, values, rows, state)
-    summed = plan.groups < plan.h // plan.heads  # over programs, outside
-    of_keys = jax.ShapeDtypeStruct(
-        (plan.b, plan.n * plan.tokens, plan.h // plan.heads * plan.wide_k), f32 if summed else plan.dtype
+def call(plan: Plan, ids: Int[Array, "b n"] | None, *arrays: Array | None) -> Outs:
+    """ids: see `Plan.of_steps`.    arrays: as `Refs`. dq and dk of every program."""
+    specs, given = plan.specs(reverse=True), Refs(*arrays)
+    keys, values, gates = specs.keys(), specs.values(), (specs.rows(), specs.starts())
+    blocks, shapes = outputs(plan, given.v, given.rows, given.dstate)
+    high, triangle = plan.heads * plan.wide_v, (len(parts(plan)), plan.chunk, plan.chunk // len(parts(plan)))
+    turned = plan.wide_k, plan.chunk
+    sizes = (high, plan.wide_k), triangle, triangle, turned, turned
+    none = [] if plan.gates else [None]
+
+    def kernel(ids: Any, refs: Refs, *out: Any) -> None:
+        _kernel(plan, ids, refs, Outs(*out[:3], *none, *out[3:-1]), out[-1])
+
+    found = specs.call(
+        kernel,
+        ids,
+        given,
+        ins=Refs(keys, keys, values, values, *gates, specs.saved(), specs.state()),
+        outs=tuple(spec for spec, x in zip(blocks, shapes, strict=True) if x is not None),
+        shape=tuple(x for x in shapes if x is not None),
+        state=4 - len(none),
+        scratch=[Scratch(*(pltpu.VMEM(size, jnp.float32) for size in sizes))],
+        cost_estimate=cost(plan, passes=2),
+        name="linear_attention_backward",
     )
-    like = jax.ShapeDtypeStruct
+    return Outs(*found[:3], *none, *found[3:])
+
+
+def outputs(plan: Plan, v: Array, rows: Array | None, dstate: Array) -> tuple[Outs, Outs]:
+    """Their blocks and shapes."""
+    specs, like = plan.specs(reverse=True), jax.ShapeDtypeStruct
+    own, f32 = specs.keys(shared=False), jnp.float32
+    summed = plan.groups < plan.h // plan.heads  # over programs, outside
+    keys = (plan.b, plan.n * plan.tokens, plan.h // plan.heads * plan.wide_k)
+    of_keys = like(keys, f32 if summed else plan.dtype)
     shapes = Outs(
         of_keys,
         of_keys,
-        like(given.v.shape, plan.dtype),
-        given.rows if given.rows is None else like(given.rows.shape, f32),
-        like((plan.b, plan.h * plan.wide_v, plan.wide_k), f32),
+        like(v.shape, plan.dtype),
+        rows if rows is None else like(rows.shape, f32),
+        like(dstate.shape, f32),
     )
-    high, triangle = plan.heads * plan.wide_v, (len(parts(plan)), plan.chunk, plan.chunk // len(parts(plan)))
-    turned = plan.wide_k, plan.chunk
-    found = pl.pallas_call(
-        lambda refs, *out: _kernel(plan, refs, Outs(*out[:3], *([] if plan.gates else [None]), *out[3:-1]), out[-1]),
-        grid=plan.grid,
-        in_specs=(Refs(*(None if x is None else spec for x, spec in zip(given, ins, strict=True))),),
-        out_specs=tuple(spec for spec, x in zip(outs, shapes, strict=True) if x is not None),
-        out_shape=tuple(x for x in shapes if x is not None),
-        scratch_shapes=[
-            Scratch(*(pltpu.VMEM(shape, f32) for shape in ((high, plan.wide_k), triangle, triangle, turned, turned)))
-        ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-        ),
-        cost_estimate=cost(plan, passes=2),
-        name="linear_attention_backward",
-    )(given)
-    return Outs(*found[:3], *([] if plan.gates else [None]), *found[3:])
+    return Outs(own, own, specs.values(), specs.rows(), specs.state()), shapes
 
 
-def _kernel(plan: Plan, refs: Refs, outs: Outs, scratch: Scratch) -> None:
-    @pl.when(pl.program_id(2) == 0)
+def _kernel(plan: Plan, ids: Any, refs: Refs, outs: Outs, scratch: Scratch) -> None:
+    @pl.when(plan.specs(reverse=True).enters(ids))
     def _() -> None:
         scratch.dS[...] = refs.dstate[0]
 

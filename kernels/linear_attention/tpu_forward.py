@@ -3,15 +3,18 @@
     o = (scale q k' * E) (w v) + scale e^b q S          S' = e^(b_last) S + (k e^(b_last - b))' (w v)
 
 with E_ij = e^(b_i - b_j) for j <= i, and b the sum of log decays from the chunk's first token on
-(Mamba-2, arXiv:2405.21060, section 6; all of it transposed,
-see `tpu_layout.py`). A program holds heads that share q and k, whose scores are
-formed once a chunk. Several chunks, or slabs of heads, stand in one stretch of code: loads come first and stores last,
-so that nothing keeps the compiler from running them side by side. A chunk waits for the one before it only in the
-product and the addition that S is made of.
+(Mamba-2, arXiv:2405.21060, section 6; all of it transposed, see `tpu_layout.py`). With an erase gate u = r Y takes the
+place of w v, with r = w v - beta e^b k S and Y from `tpu_erase_inverse.py`.
+
+A program holds heads that share q and k, whose scores are formed once a chunk. Several chunks, or slabs of heads, stand
+in one stretch of code: loads come first and stores last, so that nothing keeps the compiler from running them side by
+side. A chunk waits for the one before it only in the product and the addition that S is made of; with an erase gate in
+k S and r Y, too.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from longwave.kernels.linear_attention.tpu_gates import (
     NN,
@@ -36,7 +39,7 @@ from longwave.kernels.linear_attention.tpu_gates import (
     stack,
     times,
 )
-from longwave.kernels.linear_attention.tpu_layout import VMEM_LIMIT, Plan
+from longwave.kernels.linear_attention.tpu_layout import Plan
 
 TOGETHER = 4, 3  # chunks of a program with one slab, slabs of a chunk: in one stretch of code, at most
 
@@ -47,36 +50,31 @@ class Refs(NamedTuple):
     v: Any  # (1, tokens, heads V)
     rows: Any  # (1, heads, gates, tokens), or None
     starts: Any  # (1, 1, tokens), or None
-    state: Any  # (1, heads V, K), before the first token
+    inverse: Any  # (1, heads, tokens, chunk), see `tpu_erase_inverse.py`, or None
+    state: Any  # (1, heads V, K), before the first token, of the step's segment
 
 
-def call(plan: Plan, *arrays: Array | None) -> tuple[Float[Array, "b T hV"], Array, Array]:
-    """(o, final state (b, hV, K), the states before each chunk (b, chunks, hV, K)). arrays: as `Refs`."""
-    specs, f32 = plan.specs(), jnp.float32
-    ins = Refs(specs.keys(), specs.keys(), specs.values(), specs.rows(), specs.starts(), specs.state())
-    given = Refs(*arrays)
-    rows = plan.heads * plan.wide_v
-    states = (plan.b, plan.h * plan.wide_v, plan.wide_k)
-    return pl.pallas_call(
-        lambda *refs: _kernel(plan, *refs),
-        grid=plan.grid,
-        in_specs=(Refs(*(None if x is None else spec for x, spec in zip(given, ins, strict=True))),),
-        out_specs=(specs.values(), specs.state(), specs.saved()),
-        out_shape=(
-            jax.ShapeDtypeStruct(given.v.shape, plan.dtype),
-            jax.ShapeDtypeStruct(states, f32),
-            jax.ShapeDtypeStruct((plan.b, plan.n * plan.chunks, *states[1:]), f32),
-        ),
-        scratch_shapes=[
-            pltpu.VMEM((rows, plan.wide_k), f32),
-            pltpu.VMEM((len(parts(plan)), plan.chunk, plan.chunk // len(parts(plan))), f32),
-        ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-        ),
+def call(
+    plan: Plan, ids: Int[Array, "b n"] | None, *arrays: Array | None
+) -> tuple[Float[Array, "b T hV"], Float[Array, "b s hV K"], Float[Array, "b spans hV K"]]:
+    """(o, final states, the states before each span). ids: see `Plan.of_steps`.    arrays: as `Refs`."""
+    specs, like, given = plan.specs(), jax.ShapeDtypeStruct, Refs(*arrays)
+    keys, values, gates = specs.keys(), specs.values(), (specs.rows(), specs.starts())
+    rows, whole = (n * plan.wide_v for n in (plan.heads, plan.h))
+    saved = like((plan.b, plan.n * plan.chunks // plan.each, whole, plan.wide_k), jnp.float32)
+    triangle = (len(parts(plan)), plan.chunk, plan.chunk // len(parts(plan)))
+    return specs.call(
+        partial(_kernel, plan),
+        ids,
+        given,
+        ins=Refs(keys, keys, values, *gates, specs.inverses(), specs.state()),
+        outs=(values, specs.state(), specs.saved()),
+        shape=(like(given.v.shape, plan.dtype), like(given.state.shape, jnp.float32), saved),
+        state=1,
+        scratch=[pltpu.VMEM((rows, plan.wide_k), jnp.float32), pltpu.VMEM(triangle, jnp.float32)],
         cost_estimate=cost(plan, passes=1),
         name="linear_attention",
-    )(given)
+    )
 
 
 def cost(plan: Plan, *, passes: int) -> pl.CostEstimate:
@@ -97,12 +95,21 @@ def flops(plan: Plan) -> int:
     return tokens * (inside + 4 * plan.h * plan.K * plan.V)
 
 
-def _kernel(plan: Plan, refs: Refs, o: Any, final: Any, saved: Any, state: Any, shared: Any) -> None:
-    @pl.when(pl.program_id(2) == 0)
+def _kernel(plan: Plan, ids: Any, refs: Refs, o: Any, final: Any, saved: Any, state: Any, shared: Any) -> None:
+    @pl.when(plan.specs().enters(ids))
     def _() -> None:
         state[...] = refs.state[0]
 
     chunks, slabs = plan.together(*TOGETHER)
+
+    def save(place: Any, here: Any, S: Array) -> None:
+        if plan.each == 1:
+            saved[0, place, here] = S
+            return
+
+        @pl.when(lax.rem(place, jnp.int32(plan.each)) == 0)
+        def _() -> None:
+            saved[0, lax.div(place, jnp.int32(plan.each)), here] = S
 
     def visit(c: Any, _: None) -> None:
         places = [c * chunks + n for n in range(chunks)]
@@ -124,6 +131,7 @@ def _kernel(plan: Plan, refs: Refs, o: Any, final: Any, saved: Any, state: Any, 
                 [[gates(plan, refs.rows, start, n * plan.fold + e, tokens) for e in range(plan.fold)] for n in numbers]
                 for tokens, start in zip(at, starts, strict=True)
             ]
+            inverses = [[refs.inverse[0, n, tokens] if plan.erase else None for n in numbers] for tokens in at]
             values = [[refs.v[0, tokens, here] for here in lanes] for tokens in at]
             keep, out = [], []
             for n in range(chunks):
@@ -132,15 +140,15 @@ def _kernel(plan: Plan, refs: Refs, o: Any, final: Any, saved: Any, state: Any, 
                     matrices = [shared[x, part.writers] for x, part in enumerate(parts(plan))]
                 keep.append(before)
                 ends = [
-                    _slab(plan, q[n], k[n], v, S, matrices, by_head)
-                    for v, S, by_head in zip(values[n], before, gated[n], strict=True)
+                    _slab(plan, q[n], k[n], v, S, matrices, by_head, solve)
+                    for v, S, by_head, solve in zip(values[n], before, gated[n], inverses[n], strict=True)
                 ]
                 out.append([end[0] for end in ends])
                 before = [end[1] for end in ends]
             for n, tokens in enumerate(at):
                 for x, here in enumerate(lanes):
                     o[0, tokens, here] = out[n][x]
-                    saved[0, places[n], here] = keep[n][x]
+                    save(places[n], here, keep[n][x])
             for here, S in zip(lanes, before, strict=True):
                 state[here] = S
 
@@ -151,11 +159,20 @@ def _kernel(plan: Plan, refs: Refs, o: Any, final: Any, saved: Any, state: Any, 
 
 
 def _slab(
-    plan: Plan, q: Array, k: Array, v: Array, S: Array, matrices: list[Matrix], by_head: list[Gates]
+    plan: Plan,
+    q: Array,
+    k: Array,
+    v: Array,
+    S: Array,
+    matrices: list[Matrix],
+    by_head: list[Gates],
+    inverse: Matrix | None,
 ) -> tuple[Float[Array, "i lanes"], Float[Array, "V K"]]:
     """(o, the state behind the chunk) of the heads of a slab."""
     turned, read = v.T, dot(S.astype(q.dtype), q, NT)
     written = [times(turned[own(plan, e)], found.write) for e, found in enumerate(by_head)]
+    if inverse is not None:
+        written = [solved(written[0], dot(S.astype(k.dtype), k, NT), by_head[0], inverse)]
     passed = across(plan, written, matrices, by_head, q.dtype)
     out, writes, left = [], [], []
     for e, found in enumerate(by_head):
@@ -169,3 +186,9 @@ def _slab(
         writes.append(times(written[e], found.keep).astype(q.dtype))
         left.append(times(S[own(plan, e)], found.carry))
     return stack(out).T, stack(left) + dot(stack(writes), k, NN)
+
+
+def solved(given: Float[Array, "V i"], read: Float[Array, "V i"], found: Gates, inverse: Matrix) -> Array:
+    """(V, i): what tokens write that first erase, (w v - beta e^b k S) Y.    given: w v.    read: k S."""
+    erased = times(times(read, found.enter), found.erase)
+    return dot((given.astype(jnp.float32) - erased).astype(inverse.dtype), inverse, NN)

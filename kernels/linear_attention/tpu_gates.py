@@ -46,17 +46,19 @@ def parts(plan: Plan) -> list[Part]:
 class Gates(NamedTuple):
     """Of one head over a chunk; None is 1.
 
-    decay: sums of log2 decays.    write: as given.
+    decay: sums of log2 decays.    write, erase: as given.
     read, keep: what the state before the chunk counts for a reader (with the scale), and a writer for the state behind.
-    carry: what the one state counts for the other.
+    carry: what the one state counts for the other.    enter: as read, without the scale.
     up, down: from a writer of the first part to that part's end, and from there to a reader of the second.
     """
 
     decay: Row | None
     write: Row | None
+    erase: Row | None
     read: Row | float | None
     keep: Row | None
     carry: Any  # (1, 1), or None
+    enter: Row | None
     up: Row | None
     down: Row | None
 
@@ -64,23 +66,23 @@ class Gates(NamedTuple):
 def gates(plan: Plan, rows: Any, starts: Row | None, head: Any, at: Any) -> Gates:
     """rows: the block of `Plan.rows`, or None.    starts: the chunk's part of `Plan.starts`.    at: the chunk."""
     decay = rows[0, head, 0:1, at] if plan.decay else None
-    write = rows[0, head, plan.gates - 1 : plan.gates, at] if plan.write else None
-    read: Any = None if plan.scale == 1 else plan.scale
-    keep = carry = up = down = None
+    write = rows[0, head, int(plan.decay) : plan.decay + 1, at] if plan.write else None
+    erase = rows[0, head, plan.gates - 1 : plan.gates, at] if plan.erase else None
+    enter = keep = carry = up = down = None
     if decay is not None:
         last = decay[:, plan.chunk - 1 :]
-        read = plan.scale * jnp.exp2(decay)
+        enter = jnp.exp2(decay)
         keep, carry = jnp.exp2(last - decay), jnp.exp2(last)
         middle = decay[:, LANES - 1 : LANES]
         up, down = jnp.exp2(middle - decay[:, :LANES]), jnp.exp2(decay[:, LANES:] - middle)
     if starts is not None:
         last_start = starts[:, plan.chunk - 1 :]
         in_last = (lax.broadcasted_iota(jnp.int32, starts.shape, 1) >= last_start).astype(jnp.float32)
-        from_before = jnp.where(starts < 0, plan.scale, 0.0)
-        read = from_before if decay is None else jnp.where(starts < 0, read, 0)
+        enter = jnp.where(starts < 0, 1.0 if enter is None else enter, 0.0)
         keep = in_last if keep is None else keep * in_last
         carry = (last_start < 0).astype(jnp.float32) * (1.0 if carry is None else carry)
-    return Gates(decay, write, read, keep, carry, up, down)
+    read = enter if plan.scale == 1 else plan.scale * (1.0 if enter is None else enter)
+    return Gates(decay, write, erase, read, keep, carry, enter, up, down)
 
 
 def times(x: Array, gate: Any) -> Array:
@@ -93,12 +95,12 @@ def scores(plan: Plan, part: Part, q: Array, k: Array, starts: Row | None) -> Ma
     return visible(s if plan.scale == 1 else s * plan.scale, part, starts)
 
 
-def visible(x: Matrix, part: Part, starts: Row | None) -> Matrix:
-    """x, and 0 where j is behind i or of another document."""
-    j = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+def visible(x: Matrix, part: Part, starts: Row | None, *, strictly: bool = False) -> Matrix:
+    """x, and 0 where j is behind i (strictly: or is i) or of another document."""
+    j = lax.broadcasted_iota(jnp.int32, x.shape, 0) + strictly
     seen = j <= lax.broadcasted_iota(jnp.int32, x.shape, 1) + part.start
     if starts is not None:
-        seen &= j >= starts[:, part.readers]
+        seen &= j - strictly >= starts[:, part.readers]
     return jnp.where(seen, x, 0)
 
 

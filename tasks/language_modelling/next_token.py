@@ -124,7 +124,8 @@ class NextToken:
         costs = model.costs(batch["inputs"], batch["target"], None, ctx, train=key is not None)
         nll = (costs.nll * batch["weight"][:, None]).sum(1)
         count = ((batch["target"] >= 0) * batch["weight"][:, None]).sum()
-        return Sums(nll.sum(), count, {"bits_per_byte": (nll * batch["ids_per_byte"]).sum() / math.log(2)})
+        metrics = {"bits_per_byte": (nll * batch["ids_per_byte"]).sum() / math.log(2)}
+        return Sums(nll.sum(), count, metrics, costs.aux)
 
     def fingerprint(self) -> dict[str, Any]:
         facts = self._builder.facts

@@ -197,10 +197,10 @@ def recall_loss(
     """The sums of one batch; logits are formed at the questions alone. Evaluation also counts each group."""
     inputs, position = batch["inputs"], batch["position"]
     if key is None and chunk is not None and inputs.shape[1] > chunk:
-        logits = streamed_logits(model, inputs, position, chunk=chunk, axes=axes)
+        logits, aux = streamed_logits(model, inputs, position, chunk=chunk, axes=axes), ()
     else:
-        logits, _ = model(inputs, Context(key=key, axes=axes), train=key is not None, position=position)
-    return recall_sums(logits, batch, answer=answer, groups={} if key is not None else groups)
+        logits, aux = model(inputs, Context(key=key, axes=axes), train=key is not None, position=position)
+    return recall_sums(logits, batch, answer=answer, groups={} if key is not None else groups)._replace(aux=aux)
 
 
 def recall_sums(

@@ -26,11 +26,15 @@ RECALL = (
     "mqar_zoology",
     "mqar_based",
     "mqar_mamba2",
+    "mqar_linear",
+    "set_disjointness",
+    "read_twice",
     "passkey",
     "documents",
     "needle",
 )
 SELECTIVE = ("mamba", "mamba2", "memmamba")
+LINEAR = ("linear_attention", "retnet", "lightning", "gla", "deltanet", "gated_deltanet", "kda", "based", "jrt")
 LANGUAGE = (*SELECTIVE, "memmamba_paper", "transformer_lm")
 
 # What is named together on one command line.
@@ -69,7 +73,18 @@ RUNS: tuple[tuple[str, ...], ...] = (
     *((f"configs/tasks/{task}.gin",) for task in RECALL),
     ("configs/tasks/passkey.gin", "configs/tasks/passkey_memmamba.gin"),
     *((LISTOPS, f"configs/lra/models/{model}{both}.gin") for model in SELECTIVE for both in ("", "_bidirectional")),
+    *((LISTOPS, f"configs/lra/models/{model}.gin") for model in ("mlstm", "slstm", "aaren", "rglru", "elm")),
+    *((LISTOPS, f"configs/lra/models/{model}.gin") for model in LINEAR),
     *(("configs/tasks/language_modelling.gin", f"configs/models/{model}.gin") for model in LANGUAGE),
+    *(
+        ("configs/tasks/language_modelling.gin", f"configs/models/{model}.gin")
+        for model in ("rat16", "rat64", "rat_swa")
+    ),
+    (LISTOPS, "configs/lra/models/rat.gin"),
+    ("configs/tasks/mqar_rat.gin",),
+    *(("configs/tasks/language_modelling.gin", f"configs/models/{model}.gin") for model in ("mom", "mom_1.3b")),
+    (LISTOPS, "configs/lra/models/mom.gin"),
+    ("configs/tasks/mqar_mom.gin",),
     ("configs/tasks/language_modelling.gin",),
 )
 # Pretraining: the files of task and model, and what is named behind them.
@@ -125,6 +140,7 @@ def golden(run: tuple[str, ...]) -> Path:
 
 SLOWER = [r for r in lra_transformers.COUNTS if "local" in r[-1] or "path256" in r[-1] or "pathx" in r[-1]]
 LATER = {r for r in RECORDS if r not in COUNTS or r in SLOWER}
+LATER |= {(LISTOPS, f"configs/lra/models/{m}.gin") for m in LINEAR if m not in ("lightning", "based")}  # all alike
 ALL = [pytest.param(r, marks=pytest.mark.full if r in LATER else ()) for r in RUNS + RECORDS]
 
 

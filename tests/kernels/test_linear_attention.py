@@ -68,7 +68,8 @@ def compare(actual, expected, tolerances=(FORWARD, GRADIENT, GATE_GRADIENT)):
     for name, x, y in zip(("o", "final state"), outputs, want, strict=True):
         assert_close(x, single(y), forward, name)
     for name, x in grads.items():
-        assert_close(x, single(want_grads[name]), gates if name in "gw" else gradient, f"gradient of {name}")
+        tolerance = gates if name in ("g", "w", "beta") else gradient
+        assert_close(x, single(want_grads[name]), tolerance, f"gradient of {name}")
 
 
 DEFAULT = [
@@ -184,6 +185,34 @@ def test_nothing_enters_from_padding():
     for name, x in same[1].items():
         assert name == "state" or not np.any(np.asarray(x)[~given["valid"]])
     assert not np.any(np.asarray(same[0][0])[~given["valid"]])
+
+
+def test_normaliser():
+    """A column of ones beside v, whose output divides those of v; the state has it too."""
+    case, eps = Case("scalar", 40), 0.1
+    p, given = draw(case), masks(case)
+    weights = draw(case, seed=1)
+    for name in ("q", "k", "state"):
+        p[name] = np.abs(p[name])
+    p["state"] = np.concatenate((p["state"], np.ones_like(p["state"][..., :1])), -1)
+    do, dfinal = weights["v"], np.concatenate((weights["state"], weights["state"][..., :1]), -1)
+
+    @jax.jit
+    def both(p, do, dfinal):
+        how = {"scale": SCALE, "normaliser": eps, **given}
+        f = lambda p: linear_attention(p["q"], p["k"], p["v"], p["g"], w=p["w"], state=p["state"], **how)
+        out, pull = jax.vjp(f, p)
+        return out, pull((do, dfinal))[0]
+
+    beside = {**p, "v": np.concatenate((p["v"], np.ones_like(p["v"][..., :1])), -1)}
+    (sums, final), _ = oracle(beside, scale=SCALE, **given)
+    total = sums[..., -1:] + eps
+    o = sums[..., :-1] / total
+    dsums = np.concatenate((do / total, -np.sum(do * o, -1, keepdims=True) / total), -1)
+    _, grads = oracle(beside, dsums, dfinal, scale=SCALE, **given)
+    compare(both(p, do, dfinal), ((o, final), {**grads, "v": grads["v"][..., :-1]}))
+    with pytest.raises(ValueError, match="normaliser = 0"):
+        linear_attention(p["q"], p["k"], p["v"], normaliser=0)
 
 
 def test_bfloat16():

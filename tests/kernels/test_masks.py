@@ -16,6 +16,7 @@ from longwave.kernels.attention.mask import (
     BlockSparse,
     Butterfly,
     Causal,
+    ChunkSummary,
     Global,
     Mask,
     Or,
@@ -53,6 +54,8 @@ LEAVES = {
     Global(3): lambda i, j: i < 3 or j < 3,
     Blocks(3): lambda i, j: i // 3 == j // 3,
     Blocks(4): lambda i, j: i // 4 == j // 4,
+    ChunkSummary(3): lambda i, j: j < i // 3,
+    ChunkSummary(4): lambda i, j: j < i // 4,
     Butterfly(1): lambda i, j: (i < 0) == (j < 0) and (i ^ j).bit_count() < 2,
     Butterfly(3): lambda i, j: (i < 0) == (j < 0) and (i // 3 ^ j // 3).bit_count() < 2,
     Butterfly(2, 2): lambda i, j: (i // 2) ^ (j // 2) in (0, 1, 2),
@@ -63,6 +66,7 @@ JOINED = [
     Causal() & (Window(2) | Sinks(1)),
     Causal() & Blocks(4),
     Causal() | Prefix(7),
+    ChunkSummary(5) & Window(9),
     Butterfly(4) | Global(4),
     (BlockSparse(TABLE, 4) | Causal(-8)) & Window(9),
 ]
@@ -98,7 +102,10 @@ def test_live_is_never_wrongly_no_nor_whole_wrongly_yes(mask):
 
 def test_answers_are_the_same_for_arrays_that_are_traced():
     """Positions are data where sequences are packed: every mask answers inside a compiled program as outside."""
-    masks, lo = [Blocks(3), Butterfly(1), Butterfly(3, 2), *JOINED[-2:]], np.arange(LOW, HIGH, dtype=np.int32)
+    masks, lo = (
+        [Blocks(3), ChunkSummary(3), Butterfly(1), Butterfly(3, 2), *JOINED[-2:]],
+        np.arange(LOW, HIGH, dtype=np.int32),
+    )
     q, k = lo[:, None], lo[None, :]
 
     def answers(q, k):
@@ -144,7 +151,7 @@ def test_tables_and_what_blocks_must_divide():
 
 
 def test_wrong_sizes_are_named():
-    for mask, field in ((Window, "size"), (Blocks, "size"), (Butterfly, "block")):
+    for mask, field in ((Window, "size"), (Blocks, "size"), (ChunkSummary, "size"), (Butterfly, "block")):
         with pytest.raises(ValueError, match=rf"{mask.__name__}.{field} = 0; it must be at least 1"):
             mask(0)
     with pytest.raises(ValueError, match=r"Window.ahead = -1"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from longwave import layers
-from longwave.layers import contract
+from longwave.layers import contract, memory_rules
 from longwave.layers.contract_forms import crossing
 from longwave.layers.contract_gaps import gap
 from longwave.layers.fusion import Weighted
@@ -27,6 +27,7 @@ NOTES = {
     "heads": 2,
     "p": None,
 }
+LINEAR_FAMILY = ("LinearAttention", "RetNet", "LightningAttention", "GLA", "DeltaNet", "GatedDeltaNet", "KDA")
 MIXERS = {
     **layers.MIXERS,
     # Small ones of what compiles long.
@@ -38,6 +39,11 @@ MIXERS = {
     "Mamba": partial(layers.Mamba, N=4),
     "Mamba2": partial(layers.Mamba2, N=8, P=8),
     "MemMamba": partial(layers.MemMamba, note=Periodic(period=7, on=4), read=Periodic(period=7, on=4), **NOTES),
+    **{name: partial(layers.MIXERS[name], heads=2) for name in LINEAR_FAMILY},
+    "Based": partial(layers.Based, heads=2, feature_dim=4),
+    "RAT": partial(layers.RAT, L=4, H=4),
+    "ELM": partial(layers.ELM, memory=8),
+    "MoM": partial(layers.MoM, M=3, heads=2, P=4),
     "toy leaky": Leaky,
     "toy chunks": ChunkMemory,
     "toy smoother": Smoother,
@@ -77,6 +83,23 @@ FORMS = {
     "MemMamba around Mamba": partial(
         layers.memmamba_long, window=2, **{**NOTES, "mixer": partial(layers.Mamba, N=2)}, scorer=StepSize
     ),
+    "JRT": partial(layers.JRT, heads=2, feature_dim=4, prefix=5),
+    "ShortConv gated": partial(layers.ShortConv, conv=2, gated=True),
+    "DeltaNet around tokens": partial(
+        layers.DeltaNet, heads=2, expand_k=0.5, expand_v=1.5, conv=1, negative_eigenvalues=True
+    ),
+    "RAT as attention": partial(layers.RAT, L=1, H=2, G=1),
+    "RAT of long chunks": partial(layers.RAT, L=16, rope=None),
+    "RAT as a recurrent network": partial(layers.RAT, L=None, span=24),
+    "MLSTM sigmoid gates, dense, biases": partial(
+        layers.MLSTM, cell=layers.SigmoidGated(), block=None, heads=2, conv_bias=False, bias=True
+    ),
+    "SLSTM exponential forget gate, no convolution": partial(
+        layers.SLSTM, heads=2, conv=None, log_forget=layers.exponential_gate
+    ),
+    "MoM one memory each, one projection, linear attention": partial(
+        layers.MoM, k=1, shared=False, heads=2, P=4, expand_v=2, single_kv_proj=True, conv=2, rule=memory_rules.Linear
+    ),
     "Bidirectional tied": partial(layers.Bidirectional, mixer=layers.Attention, tied=True),
 }
 
@@ -86,7 +109,22 @@ def broken(checks):
 
 
 # In the long group: their operations have tests of their own.
-LATER = ("LRU", "LSSL", "LMU", "SGConv", "Mamba2", "MemMamba")
+LATER = (
+    "LRU",
+    "LSSL",
+    "LMU",
+    "SGConv",
+    "Mamba2",
+    "MemMamba",
+    "MLSTM",
+    "SLSTM",
+    "RGLRU",
+    "ELM",
+    "RAT",
+    "Based",
+    "MoM",
+    *LINEAR_FAMILY,
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n in LATER)) for n in MIXERS])
@@ -95,12 +133,19 @@ def test_every_mixer_keeps_the_contract(name):
     assert not broken(checks), contract.certificate(checks, name)
 
 
-LONGEST = ("LMU memories", "LSSL fixed", "LSSL LegT", "SGConv short", "Mamba norms and biases")  # tested elsewhere too
+LONGEST = (
+    "LMU memories",
+    "MLSTM sigmoid gates, dense, biases",
+    "LSSL fixed",
+    "LSSL LegT",
+    "SGConv short",
+    "Mamba norms and biases",
+)  # tested elsewhere too
 
 
 def form_marks(name):
     """S4's forms with channels compile for half a minute each."""
-    large = (name.startswith("S4 ") and "channels" in name) or name.startswith("MemMamba") or name in LONGEST
+    large = (name.startswith("S4 ") and "channels" in name) or name.startswith(("MemMamba", "MoM")) or name in LONGEST
     return [pytest.mark.full, *([pytest.mark.large] if large else [])]
 
 

@@ -75,6 +75,12 @@ SHARED = P(("tensor", "fsdp"), None)  # read by all channels: partial sums are s
         ),
         (layers.Mamba2, {"in_x": INTO, "in_z": INTO, "in_B": INTO, "in_C": INTO, "in_dt": INTO, "out": OUT}),
         (
+            layers.KDA,
+            {f"qkv/{name}": INTO for name in "qkv"}
+            | {f"{gate}/low": P("fsdp", None) for gate in ("a", "gate")}
+            | {"a/up": INTO, "gate/up": INTO, "beta": INTO, "out": OUT},
+        ),
+        (
             functools.partial(layers.MemMamba, mixer=functools.partial(layers.LRU, N=4), p=None),
             {
                 "token/W_q": INTO,
@@ -87,7 +93,7 @@ SHARED = P(("tensor", "fsdp"), None)  # read by all channels: partial sums are s
             },
         ),
     ],
-    ids=["Mamba", "Mamba2", "MemMamba"],
+    ids=["Mamba", "Mamba2", "KDA", "MemMamba"],
 )
 def test_channels_and_heads_are_split_together(mixer, expected):
     """What makes channels, what works in them and what leaves them: each device its own. All else is whole."""

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import types
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from longwave import layers, models
 from longwave.kernels.partition import Axes
@@ -17,7 +19,8 @@ from longwave.layers.norms import BatchNorm
 from longwave.training.optimizer import AdamW, Plateau, warmup_constant
 from longwave.training.program import build
 from longwave.training.run import Run
-from longwave.training.state import paths
+from longwave.training.state import ModelDef, paths
+from longwave.training.step import averages, make_eval_step, make_gradients
 from longwave.training.task import Sums
 from tests.models.decay import Decay
 from tests.tolerances import GRADIENT, OTHER_MESH, assert_close
@@ -120,6 +123,34 @@ def test_micro_batches_sum_to_the_batch():
     assert_close(log4[0]["grad_norm"], log[0]["grad_norm"], GRADIENT["float32"])
     for a, b in zip(jax.tree.leaves(parts.opt), jax.tree.leaves(whole.opt), strict=True):
         assert_close(a, b, GRADIENT["float32"])
+
+
+def test_a_side_loss_is_added_in_training_and_logged():
+    """2 y^2 per example beside 3 y^2: its gradient counts too. In evaluation there is none."""
+
+    class Number(nnx.Module):
+        roles = {"y": "D"}
+
+        def __init__(self, rngs):
+            self.y = nnx.Param(jnp.float32(0.5))
+
+    class Told(Majority):
+        def loss(self, model, batch, key, axes):
+            square, weight = jnp.square(model.y[...]), batch["weight"].sum()
+            return Sums(3 * square * weight, weight, {}, ({"square": square},))
+
+    run = make_run(task=Told(), side_loss=lambda aux: 2 * aux[0]["square"], accumulate=2)
+    model = ModelDef(Number)
+    params, rest = model.init(jax.random.key(0))
+    batch = {"weight": np.ones(4, np.float32)}
+    gradients = make_gradients(model, run.task, run, Axes())
+    sums, grads, _ = gradients(types.SimpleNamespace(params=params, model_state=rest), batch, jax.random.key(0))
+    assert averages(sums) == {"loss": 5 * 0.25, "side_loss": 2 * 0.25}
+    assert sums.aux == ()
+    assert grads == {"y": 10 * 0.5}
+    evaluated = make_eval_step(model, run.task, run, Axes())(params, rest, batch)
+    assert averages(evaluated) == {"loss": 3 * 0.25}
+    assert evaluated.aux == ()
 
 
 @pytest.mark.full  # the loop's own test of another mesh is in the default suite

@@ -1,0 +1,80 @@
+"""KDA, Kimi delta attention (Kimi team, 2025, "Kimi Linear: An Expressive, Efficient Attention Architecture",
+arXiv:2510.26692): the gated delta rule with a decay for every key dimension.
+
+    q, k, v = silu(conv(W x)),  q and k of length 1        β = sigmoid(W_β x)
+    α = exp(-exp(A_log) softplus(W_up W_low x + dt_bias))        A_log of a head, α and dt_bias of every dimension
+    S' = Diag(α_t) S_{t-1}        S_t = S' + β_t k_t (v_t - S'' k_t)'        o_t = S_t' q_t / sqrt(K)
+    y = W_out (norm_h(o) sigmoid(V_up V_low x + b))
+
+(S'' is the transpose of S'.)
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from longwave.kernels.linear_attention import linear_attention
+from longwave.layers.heads import ConvolvedHeads, Decay, HeadNorm, LowRank, channels, join, masks, split
+from longwave.layers.linear import linear
+from longwave.layers.mamba import at_least_one, unpadded
+from longwave.layers.mixer import Carry, Context, Mixer, Out
+
+
+class KDA(Mixer):
+    """Kimi delta attention with its convolutions, norm and gate.
+
+    heads:     the paper's have 128 dimensions each.
+    expand_k, expand_v: key and value dimensions of all heads, for each of the width.
+    conv:      taps of the convolutions, the token itself included.
+    rank:      of the maps to the decay and to the gate; None: the value dimensions of a head.
+    A_init:    exp(A_log) starts uniform between these two.
+    negative_eigenvalues: β is doubled.
+    norm_eps:  of each head's norm.
+
+    The carry is float32: "conv", the last inputs of the convolutions of "q", "k" and "v", and "S" (b, heads, K, V).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int = 16,
+        expand_k: float = 1.0,
+        expand_v: float = 1.0,
+        conv: int = 4,
+        rank: int | None = None,
+        A_init: tuple[float, float] = (1.0, 16.0),
+        negative_eigenvalues: bool = False,
+        norm_eps: float = 1e-5,
+        rngs: nnx.Rngs,
+    ):
+        keys = channels(self, width, expand_k, heads, "expand_k")
+        values = channels(self, width, expand_v, heads, "expand_v")
+        rank = values // heads if rank is None else rank
+        at_least_one(self, conv=conv, rank=rank)
+        self.heads, self.K, self.V, self.most = heads, keys // heads, values // heads, 1 + negative_eigenvalues
+        self.qkv = ConvolvedHeads(width, heads=heads, key=self.K, value=self.V, conv=conv, rngs=rngs)
+        self.beta = linear(width, heads, bias=False, rngs=rngs)
+        self.a = LowRank(width, rank, keys, bias=False, rngs=rngs)
+        self.decay = Decay((heads, self.K), A_init=A_init, rngs=rngs)
+        self.gate = LowRank(width, rank, values, bias=True, rngs=rngs)
+        self.norm = HeadNorm(self.V, eps=norm_eps)
+        self.out = linear(values, width, bias=False, rngs=rngs)
+
+    def init_carry(self, batch: int, *, capacity: int | None = None) -> Carry:
+        """Zeros. Nothing depends on capacity."""
+        S = jnp.zeros((batch, self.heads, self.K, self.V), jnp.float32)
+        return {"conv": self.qkv.init_carry(batch), "S": S}
+
+    def __call__(self, x: Float[Array, "b t d"], carry: Carry | None = None, ctx: Context = Context()) -> Out:
+        carry = self.init_carry(x.shape[0]) if carry is None else carry
+        u = unpadded(x, ctx)
+        (q, k, v), conv = self.qkv(u, carry["conv"], ctx)
+        beta = self.most * jax.nn.sigmoid(self.beta(u).astype(jnp.float32))
+        g = self.decay(split(self.a(u), self.heads))
+        o, S = linear_attention(q, k, v, g, w=beta, beta=beta, scale=self.K**-0.5, state=carry["S"], **masks(ctx))
+        y = self.out(join(self.norm(o)) * jax.nn.sigmoid(self.gate(u)))
+        return Out(unpadded(y, ctx), {"conv": conv, "S": S}, {})
