@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from longwave.kernels.partition import Axes
 from longwave.layers.linear import MakeLinear, linear
 from longwave.layers.mixer import Context
 from longwave.layers.mlp import gelu
@@ -182,14 +183,21 @@ def _check_summary_token(head: nnx.Module, backbone: nnx.Module, pooling: Poolin
 
 
 class TokenClassifier(nnx.Module):
-    """Backbone and an affine map to `classes` logits at every token, or at those asked for; the map in float32."""
+    """Backbone and an affine map to `classes` logits at every token, or at those asked for; the map in float32.
+
+    tied: the logits are made by the table of embeddings instead, one class an id, as in a language model.
+    """
 
     keep_float32 = frozenset({"out/kernel", "out/bias"})
 
-    def __init__(self, backbone: nnx.Module, *, classes: int, rngs: nnx.Rngs):
-        self.backbone = backbone
+    def __init__(self, backbone: nnx.Module, *, classes: int, tied: bool = False, rngs: nnx.Rngs):
+        self.backbone, self.classes = backbone, classes
         width: int = backbone.width  # ty: ignore[missing-attribute]: every backbone has one
-        self.out = linear(width, classes, rngs=rngs)
+        table = getattr(getattr(backbone, "encoder", None), "embedding", None)
+        if tied and (table is None or len(table) < classes):
+            has = "has no table" if table is None else f"has a table of {len(table)} rows"
+            raise ValueError(f"TokenClassifier.tied: the backbone's encoder {has}; expected one for {classes} classes")
+        self.out = None if tied else linear(width, classes, rngs=rngs)
 
     def __call__(
         self,
@@ -207,4 +215,14 @@ class TokenClassifier(nnx.Module):
             )
         if position is not None:
             y = jnp.take_along_axis(y, position[..., None], axis=1)
-        return self.out(y.astype(jnp.float32)), aux
+        return self.logits(y, ctx.axes), aux
+
+    def logits(self, y: Float[Array, "b q d"], axes: Axes = Axes()) -> Float[Array, "b q classes"]:
+        """Of what the backbone gives."""
+        y = y.astype(jnp.float32)
+        if self.out is not None:
+            return self.out(y)
+        table = self.backbone.encoder.embedding[...]  # ty: ignore[missing-attribute]: seen when it was made
+        # Split over devices by its columns, it would make XLA gather the activations instead.
+        table = jax.lax.with_sharding_constraint(table, axes.spec("..")) if axes else table
+        return jnp.einsum("bqd,cd->bqc", y, table[: self.classes].astype(jnp.float32))

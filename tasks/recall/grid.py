@@ -24,7 +24,6 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from longwave.kernels.partition import Axes
-from longwave.models import heads
 from longwave.models.inputs import Tokens
 from longwave.tasks.recall.batches import SPLITS, Arrays, Rows, batch_spec, digest, generator, whole_batch
 from longwave.tasks.recall.recall import Group, Recall, check_split, recall_loss, table_row
@@ -85,7 +84,7 @@ class Grid:
     advice: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        known = {field.name for field in dataclasses.fields(self.task)} - {"seed", "chunk", "sizes", "epoch"}
+        known = {field.name for field in dataclasses.fields(self.task)} - {"seed", "chunk", "tied", "sizes", "epoch"}
         if not self.fields or not set(self.fields) <= known:
             raise ValueError(f"Grid.fields = {self.fields}: expected some of {', '.join(sorted(known))}")
         for name, settings in (("train", self.train), ("test", self.test)):
@@ -157,7 +156,7 @@ class Grid:
         return arrays | {"cell": arrays["cell"] + np.int32(setting * len(self.task.cells))}
 
     def head(self, backbone: nnx.Module, *, rngs: nnx.Rngs) -> nnx.Module:
-        return heads.TokenClassifier(backbone, classes=self.inputs.vocab, rngs=rngs)
+        return self.task.head(backbone, rngs=rngs)
 
     def loss(
         self, model: nnx.Module, batch: Mapping[str, Array], key: PRNGKeyArray | None, axes: Axes = Axes()

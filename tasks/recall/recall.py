@@ -45,10 +45,12 @@ class Recall(abc.ABC):
     seed:  of all sets.
     chunk: evaluation reads longer rows in chunks of so many tokens, by the mixers' carry: in memory that does not
         depend on the length (where the carry's does not); None: at once.
+    tied:  logits come from the table of embeddings, and not from a matrix of their own.
     """
 
     seed: int = 0
     chunk: int | None = None
+    tied: bool = False
 
     kind: ClassVar[str]
     fresh: ClassVar[bool] = True  # whether every training row is new
@@ -133,7 +135,7 @@ class Recall(abc.ABC):
         return self.draw(rng, rows) | {"cell": np.arange(rows, dtype=np.int32) % len(self.cells)}
 
     def head(self, backbone: nnx.Module, *, rngs: nnx.Rngs) -> nnx.Module:
-        return heads.TokenClassifier(backbone, classes=self.inputs.vocab, rngs=rngs)
+        return heads.TokenClassifier(backbone, classes=self.inputs.vocab, tied=self.tied, rngs=rngs)
 
     def loss(
         self, model: nnx.Module, batch: Mapping[str, Array], key: PRNGKeyArray | None, axes: Axes = Axes()

@@ -43,4 +43,4 @@ def streamed_logits(
     state, _ = jax.lax.scan(read, state, (jnp.arange(whole) * chunk, pieces))
     if t % chunk:
         state, _ = read(state, (whole * chunk, inputs[:, whole * chunk :]))
-    return model.out(state[1])
+    return model.logits(state[1], axes)

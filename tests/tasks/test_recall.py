@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from longwave import layers, models
+from longwave.layers.mixer import Context
 from longwave.models.heads import TokenClassifier
 from longwave.tasks.recall.batches import distinct
 from longwave.tasks.recall.grid import Grid, curriculum, mixed
@@ -276,3 +278,19 @@ def test_a_backbone_that_changes_the_length_is_refused():
 
     with pytest.raises(ValueError, match="16 steps of 32 tokens"):
         TokenClassifier(Halved(), classes=3, rngs=nnx.Rngs(0))(jnp.zeros((1, 32), jnp.int32))
+
+
+def test_tied_logits_are_products_with_the_embeddings():
+    task = dataclasses.replace(SMALL, tied=True)
+    make = lambda encoder: models.Backbone(
+        task.inputs, width=8, depth=1, mixers=(layers.LRU,), encoder=encoder, rngs=nnx.Rngs(0)
+    )
+    model = task.head(make(models.TokenEmbedding), rngs=nnx.Rngs(1))
+    assert not hasattr(model.out, "kernel")
+    ids, position = jnp.arange(24).reshape(2, 12), jnp.array([[3, 11], [0, 5]])
+    y = np.asarray(model.backbone(ids, None, Context()).y, np.float64)
+    table = np.asarray(model.backbone.encoder.embedding[...], np.float64)
+    want = np.take_along_axis(y, np.asarray(position)[..., None], 1) @ table[: task.vocab].T
+    assert_close(model(ids, position=position)[0], want, FORWARD["float32"])
+    with pytest.raises(ValueError, match="tied: the backbone's encoder has no table"):
+        task.head(make(models.OneHotEncoder), rngs=nnx.Rngs(1))
