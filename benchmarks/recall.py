@@ -1,9 +1,10 @@
 """How much a mixer recalls against how much state it carries: MQAR in small, one point a mixer and size.
 
-    python benchmarks/recall.py [attention window lru s4d mamba mamba2] [--results PATH] [--plot PATH] [--steps 200]
+    python benchmarks/recall.py [attention delta-rule rat ...] [--results PATH] [--plot PATH] [--steps 300]
 
-512 ids, rows of 64 tokens with 8 pairs; two layers of width 64 without an MLP, each behind a layer of short
-convolutions of three taps (Based's recipe, as the published points); batches of 256 rows; one rate for all.
+512 ids, rows of 64 tokens with 8 pairs (configs/tasks/mqar_linear.gin); two layers of width 64 without an MLP, each
+behind a layer of short convolutions of three taps (Based's recipe, as the published points); logits by the table of
+embeddings; batches of 256 rows; one rate for all, where the published points are the best of several.
 State is what `init_carry` of all layers holds for one sequence at 64 tokens, in bytes. A point that PATH holds already
 with as many steps is not trained again: an interrupted command goes on where it stopped.
 
@@ -20,44 +21,24 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
 
 from longwave import layers
-from longwave.kernels.short_conv import short_conv
-from longwave.models import Backbone
+from longwave.models import Backbone, TokenEmbedding
 from longwave.tasks.recall import published
 from longwave.tasks.recall.mqar import MQAR
 from longwave.training.optimizer import AdamW, warmup_constant
 from longwave.training.program import build
 from longwave.training.run import Run
 
-TASK = MQAR(vocab=512, length=64, pairs=8, sizes=(50_000, 256, 1_024))
+TASK = MQAR(vocab=512, length=64, pairs=8, sizes=(50_000, 256, 1_024), tied=True)
 WIDTH, DEPTH, BATCH, RATE = 64, 4, 256, 3e-3
 
 
 Make = Callable[..., Any]
-
-
-class ShortConv(layers.Mixer):
-    """A causal convolution of three taps for every channel."""
-
-    roles: ClassVar[dict[str, str]] = {"kernel": "kernel"}
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (3, width)) / math.sqrt(3))
-
-    def init_carry(self, batch: int, *, capacity: int | None = None) -> Array:
-        return jnp.zeros((batch, 2, self.kernel[...].shape[1]))
-
-    def __call__(self, x: Array, carry: Any = None, ctx: layers.Context = layers.Context()) -> layers.Out:
-        masks = {"reset": ctx.reset, "valid": ctx.valid, "axes": ctx.axes}
-        y, carry = short_conv(x, self.kernel[...], state=carry, **masks)
-        return layers.Out(y, carry, {})
 
 
 def sizes(mixer: Make, name: str, values: tuple[int, ...], **others: Any) -> dict[str, Make]:
@@ -66,12 +47,19 @@ def sizes(mixer: Make, name: str, values: tuple[int, ...], **others: Any) -> dic
 
 # family -> size -> mixer
 FAMILIES: dict[str, dict[str, Make]] = {
+    "delta-rule": sizes(layers.DeltaNet, "heads", (1, 4), conv=1),
+    "rat": sizes(layers.RAT, "L", (1, 2, 4, 16), H=4),
+    "mom": sizes(layers.MoM, "P", (16, 64), heads=1),
+    "convolution": {"": layers.ShortConv},
+    "linear-attention": sizes(layers.LinearAttention, "heads", (2,)),
+    "based": sizes(layers.Based, "heads", (4,)),
     "attention": {"": functools.partial(layers.Attention, heads=2)},
-    "window": sizes(layers.Attention, "window", (8, 16, 32), heads=2),
-    "lru": sizes(layers.LRU, "N", (64, 256)),
-    "s4d": sizes(layers.S4D, "N", (16, 64)),
-    "mamba": sizes(layers.Mamba, "N", (4, 16)),
+    "gated-delta-rule": sizes(layers.GatedDeltaNet, "heads", (1,), expand_k=1, expand_v=1, conv=1),
     "mamba2": sizes(layers.Mamba2, "N", (8, 32, 128), P=32),
+    "mamba": sizes(layers.Mamba, "N", (4, 16)),
+    "window": sizes(layers.Attention, "window", (8, 16, 32), heads=2),
+    "s4d": sizes(layers.S4D, "N", (16, 64)),
+    "lru": sizes(layers.LRU, "N", (64, 256)),
 }
 
 
@@ -80,7 +68,7 @@ def main() -> None:
     parser.add_argument("families", nargs="*", default=list(FAMILIES), metavar=" ".join(FAMILIES), help="default: all")
     parser.add_argument("--results", type=Path, default=Path("runs/recall.jsonl"), help="one line a point")
     parser.add_argument("--plot", help="draw all points of the results into this PNG file")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
     if unknown := set(options.families) - set(FAMILIES):
         parser.error(f"families are {', '.join(FAMILIES)}, not {', '.join(sorted(unknown))}")
@@ -107,7 +95,8 @@ def read(path: Path, steps: int) -> list[dict[str, Any]]:
 
 def measure(mixer: Make, steps: int) -> dict[str, Any]:
     """Accuracy on test after so many steps, bytes of state, and seconds of processor time."""
-    backbone = functools.partial(Backbone, width=WIDTH, depth=DEPTH, mixers=(ShortConv, mixer))
+    encoder = functools.partial(TokenEmbedding, std=0.02)
+    backbone = functools.partial(Backbone, width=WIDTH, depth=DEPTH, mixers=(layers.ShortConv, mixer), encoder=encoder)
     optimizer = AdamW(lr=RATE, schedule=warmup_constant(warmup=20))
     run = Run(task=TASK, backbone=backbone, optimizer=optimizer, steps=steps, batch_size=BATCH)
     began, program = time.process_time(), build(run, jax.devices()[:1])

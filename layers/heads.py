@@ -4,6 +4,7 @@ length one, projections behind a short convolution, gates of low rank, the decay
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -34,12 +35,13 @@ def join(x: Float[Array, "b t h d"]) -> Float[Array, "b t hd"]:
 def channels(mixer: Mixer, width: int, expand: float, heads: int, name: str) -> int:
     """expand * width, which must be whole heads. Raises ValueError naming the hyper-parameter if it is not."""
     at_least_one(mixer, heads=heads)
-    size = expand * width
-    if size < 1 or size % heads:
+    size = round(expand * width)
+    if size < 1 or size % heads or not math.isclose(size, expand * width):  # 1.1 * 10 is not quite 11
         raise ValueError(
-            f"{type(mixer).__name__}.heads = {heads} must divide {name} * width = {expand:g} * {width} = {size:g}"
+            f"{type(mixer).__name__}.heads = {heads} must divide {name} * width = {expand:g} * {width} = "
+            f"{expand * width:g}"
         )
-    return int(size)
+    return size
 
 
 def unit(x: Float[Array, "b t h d"], eps: float = 1e-6) -> Float[Array, "b t h d"]:

@@ -109,7 +109,9 @@ class JRT(Mixer):
             taylor(split(self.q(back), self.heads)), *self._encoder(back), w=mirror(w, index), **masks(ctx)
         )
         own = jnp.sum(q * k_e, -1, keepdims=True) * w[..., None].astype(v.dtype) * v_e  # is in both
-        return o + before + split(mirror(join(behind), index), self.heads) - own, state + last
+        behind = split(mirror(join(behind), index), self.heads)
+        o, before, behind, own = (m.astype(jnp.float32) for m in (o, before, behind, own))
+        return o + before + behind - own, state + last
 
 
 def with_ones(v: Float[Array, "b t h V"]) -> Float[Array, "b t h V+1"]:

@@ -1,5 +1,6 @@
 """Lightning attention (Qin et al., 2024, "Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths
-in Large Language Models", arXiv:2401.04658), in the layer of TransNormerLLM (arXiv:2307.14995).
+in Large Language Models", arXiv:2401.04658), in the layer of TransNormerLLM (arXiv:2307.14995), with the gate of its
+authors' later code (TNL, arXiv:2405.17381).
 
 Retention whose heads forget at ALiBi's slopes, the less the higher the layer; no rotation, no scale:
 
@@ -30,7 +31,7 @@ class LightningAttention(Mixer):
     """Linear attention with fixed decays, a norm over all heads and a gate.
 
     layer, layers: which layer of how many this is, from 0 on: the decays depend on it.
-    silu_v:   v = silu(W x) too, as in MiniMax-01 (arXiv:2501.08313).
+    silu_v:   v = silu(W x) too, as in TNL's code and in MiniMax-01 (arXiv:2501.08313).
     rank:     of the map to the gate; None: the dimensions of a head.
     norm_eps: of the norm.
 

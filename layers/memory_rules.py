@@ -79,8 +79,9 @@ class GLA(nnx.Module):
         self.scale = P**-0.5
 
     def gates(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t sets hP"], ...]:
-        low = each(x, self.W_1[...]).astype(x.dtype)
-        gate = jnp.einsum("btsr,src->btsc", low, self.W_2[...], preferred_element_type=jnp.float32)
+        # In float32: XLA on CPUs has no product of batches from bfloat16 to float32.
+        low, up = each(x, self.W_1[...]), self.W_2[...].astype(jnp.float32)
+        gate = jnp.einsum("btsr,src->btsc", low, up)
         return (gate + self.b[...].astype(jnp.float32)[None, None],)
 
     def __call__(self, q: Array, k: Array, gate: Float[Array, "b t hP"]) -> Written:

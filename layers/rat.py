@@ -75,9 +75,9 @@ class RAT(Mixer):
     linear: constructor of the projections: how they are initialised.
 
     The carry: "k" and "v" (b, slots, H, width / H), turned summaries in the dtype of the parameters; "running_k" and
-    "running_v" (b, width) float32, of the chunk that is not over; "position" (b,), tokens of the document. L slots of a
-    `capacity` take one, and a document may fill one chunk more; beyond, outputs are NaN, and a longer call raises.
-    With one chunk the carry is "running_v" alone. The running averages and gates are float32.
+    "running_v" (b, width) float32, of the chunk that is not over; "position" (b,), tokens of the document. A `capacity`
+    has a slot for every L tokens, and a document may fill one chunk more; beyond, outputs are NaN, and a longer call
+    raises. With one chunk the carry is "running_v" alone. The running averages and gates are float32.
     """
 
     roles: ClassVar[dict[str, str]] = {"b_g": "bias"}

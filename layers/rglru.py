@@ -57,7 +57,8 @@ class RGLRU(Mixer):
     blocks:   of the matrices of the gates.
     conv:     taps of the convolution, the token itself included.
     c:        exponent of the recurrence gate.
-    a_min, a_max: exp(-c softplus(Λ)), the decay of an open recurrence gate, starts uniform between them.
+    a_min, a_max: exp(-c softplus(Λ)), the decay of an open recurrence gate, starts uniform between them. (In the
+        released code it is exp(-softplus(Λ)), by its square: decays start shorter there.)
     bias:     of the projections from and to the width.
     residuals: how many residual branches the model adds up: W_out starts divided by the root of it.
 
@@ -95,8 +96,8 @@ class RGLRU(Mixer):
         self.in_z = linear(width, channels, bias=bias, rngs=rngs)
         self.conv = nnx.Param(torch_uniform(rngs.params(), (conv, channels), fan_in=conv))
         self.conv_bias = nnx.Param(torch_uniform(rngs.params(), (channels,), fan_in=conv))
-        self.a = BlockDiagonal(channels, blocks=blocks, rngs=rngs)
-        self.i = BlockDiagonal(channels, blocks=blocks, rngs=rngs)
+        self.a = BlockDiagonal(channels, blocks=blocks, lecun=True, rngs=rngs)
+        self.i = BlockDiagonal(channels, blocks=blocks, lecun=True, rngs=rngs)
         decay = jax.random.uniform(rngs.params(), (channels,), minval=a_min, maxval=a_max)
         self.Lambda = nnx.Param(Softplus().inverse(-jnp.log(decay) / c))
         self.out = out_projection(channels, width, bias=bias, residuals=residuals, rngs=rngs)

@@ -1,6 +1,8 @@
 """A short causal convolution as a mixer of its own, plain or gated: what hybrids put between layers that recall.
 
 y = conv(x)        or, as BaseConv (Arora et al., 2023, "Zoology", arXiv:2312.04927),        y = (W x + b) conv(x)
+
+BaseConv's second bias, that of its convolution, is left out.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from longwave.layers.mixer import Carry, Context, Mixer, Out
 class ShortConv(Mixer):
     """A depthwise causal convolution.
 
-    conv:  taps, the token itself included.     gated: the output is multiplied by a linear map of the token.
+    conv:  taps, the token itself included; they start N(0, 1 / conv).
+    gated: the output is multiplied by an affine map of the token.
 
     The carry is the last conv - 1 inputs, (b, conv - 1, width), float32.
     """

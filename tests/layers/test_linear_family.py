@@ -149,6 +149,12 @@ def test_slopes_of_any_number_of_heads():
     assert slopes(1).tolist() == [1 / 256]
 
 
+def test_a_width_that_rounding_misses():
+    """1.1 * 10 is 11.000000000000002."""
+    model = nnx.eval_shape(lambda: layers.GLA(10, heads=1, expand_k=1.1, expand_v=1.1, rngs=nnx.Rngs(0)))
+    assert (model.K, model.V) == (11, 11)
+
+
 # Parameters of a layer of width 128 with its defaults.
 COUNTS = {
     "LinearAttention": 4 * 128**2,

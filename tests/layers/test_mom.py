@@ -56,6 +56,18 @@ def test_other_rules(rule):
     jax.tree.map(lambda got, want: assert_close(got, want, FORWARD["float32"], "carry"), got[1], carry)
 
 
+@pytest.mark.full
+def test_the_gates_of_low_rank_in_bfloat16():
+    """A product of batches, which not every backend has in bfloat16."""
+    rule = memory_rules.GLA(8, heads=2, P=4, sets=3, rank=4, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(rule)
+    low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), state)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.bfloat16)
+    run = jax.jit(lambda state, x: nnx.merge(graph, state).gates(x)[0])
+    exact = run(jax.tree.map(lambda p: p.astype(jnp.float32), low), x.astype(jnp.float32))
+    assert_close(run(low, x), exact, FORWARD["float32"])
+
+
 LENGTH = 12
 
 
