@@ -1,4 +1,4 @@
-"""Training steps of Mamba, Mamba-2 and MemMamba on four chips, compiled by the TPU compiler with no TPU.
+"""Training steps of Mamba, Mamba-2, MemMamba and MoM on four chips, compiled by the TPU compiler with no TPU.
 
 Their kernels run forward and backward under every mesh. Over the axes of examples no activation is gathered; over
 those of channels and time only what is named here.
@@ -30,6 +30,16 @@ MODELS = {
         "layers.Mamba2.N=32",
         "layers.Mamba2.P=32",
         "next_token.NextToken.tied=False",
+    ),
+    "mom": (
+        *(word.replace(f"={LENGTH}", f"={5 * 160}") for word in TEXT),  # where runs of 256 are worth their padding
+        "models.Backbone.depth=1",
+        "models.Backbone.mixers=(@layers.MoM,)",
+        "layers.MoM.M=2",
+        "layers.MoM.k=1",
+        "layers.MoM.heads=2",
+        "layers.MoM.P=32",
+        "train.side_loss=@layers.BalanceLoss()",
     ),
     "memmamba": (
         *TEXT,
@@ -107,3 +117,14 @@ def test_the_kernels_run_on_every_device(model, mesh):
         assert not [dims for dims in found if BATCH in dims]
     else:
         assert not found
+
+
+@needs_compiler
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", ["examples", pytest.param("channels", marks=large)])
+def test_memories_are_segments_of_the_kernels(mesh):
+    report = compiled("mom", mesh)
+    assert report.fits
+    names = {"linear_attention_inverse": 2, "linear_attention": 1, "linear_attention_erase_backward": 1}
+    assert kernels(report) == names
+    assert not gathered(report)
