@@ -25,7 +25,8 @@ from longwave.kernels.linear_attention.reference import SPAN
 
 def run_chunk(t: int, k: int, memories: int) -> int:
     """What runs start at multiples of: a power of two, 16 to 256, that makes padding at most a sixteenth of the frame
-    of a long sequence. For a TPU, whose kernels take a state at multiples of 256 alone: that, up to a third of padding."""
+    of a long sequence. For TPUs, whose kernels take a state at multiples of 256 alone: that, up to a third of padding.
+    """
     if traced_for() is not None and 2 * memories * SPAN <= t * k:
         return SPAN
     share = max(t * k // (16 * memories), 1)
