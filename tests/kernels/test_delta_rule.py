@@ -13,7 +13,7 @@ from longwave.kernels.linear_attention import chunked, erase, linear_attention, 
 from longwave.kernels.linear_attention.reference import Inputs
 from longwave.kernels.partition import Axes
 from tests.kernels.linear_attention_oracle import oracle
-from tests.kernels.test_linear_attention import SCALE, compare, masks
+from tests.kernels.test_linear_attention import SCALE, compare, masks, run
 from tests.kernels.test_linear_attention import draw as draw_without
 from tests.tolerances import BFLOAT16_FACTOR, FORWARD, GATE_GRADIENT, assert_close, relative_error
 
@@ -40,19 +40,6 @@ def draw(case, *, b=2, segments=None, seed=0):
     if case.erase != "none":
         p["beta"] = (2 * rng.random(shape)).astype(np.float32)
     return p
-
-
-@partial(jax.jit, static_argnames=("chunk", "axes"))
-def run(p, do, dfinal, *, chunk=None, axes=Axes(), **given):
-    """((o, final state), gradients), compiled in one."""
-    how = {"scale": SCALE, "chunk": chunk, "axes": axes, **given}
-
-    def f(p):
-        gates = {name: p.get(name) for name in ("g", "w", "beta")}
-        return linear_attention(p["q"], p["k"], p["v"], **gates, state=p["state"], **how)
-
-    out, pull = jax.vjp(f, p)
-    return out, pull((do, dfinal))[0]
 
 
 LONG = Case("scalar", "scalar", 300, (1, 1, 2))  # three tests compile it once

@@ -56,7 +56,11 @@ def masks(case):
 def run(p, do, dfinal, *, chunk=None, axes=Axes(), **given):
     """((o, final state), gradients), compiled in one."""
     how = {"scale": SCALE, "chunk": chunk, "axes": axes, **given}
-    f = lambda p: linear_attention(p["q"], p["k"], p["v"], p.get("g"), w=p.get("w"), state=p["state"], **how)
+
+    def f(p):
+        gates = {name: p.get(name) for name in ("g", "w", "beta")}
+        return linear_attention(p["q"], p["k"], p["v"], **gates, state=p["state"], **how)
+
     out, pull = jax.vjp(f, p)
     return out, pull((do, dfinal))[0]
 
